@@ -1,0 +1,1 @@
+"""Backbones, tokenizers, strict loading, the decoder step and the checkpoint layouts behind `lab.load`."""
