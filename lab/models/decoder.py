@@ -1,0 +1,320 @@
+"""One functional step over a backbone's weights: embeddings, positions and a cache in, hidden states out.
+
+Every engine of `lab` thinks through this call. It reads the weights of a Hugging Face model where they are (nothing is
+copied, adapters and training mode are respected) and leaves all knowledge of slots, masks and sharing to the cache, so
+training with gradient, prefill and ragged decoding are the same few lines. GPT-2, Llama, Qwen2 and Qwen3 have their own
+blocks; `decoder_for` gives any other architecture `HFDecoder` (hf_decoder.py), which calls the model's own forward.
+
+Axes: R rows, t query columns, D width, H heads, S cache slots, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lab.models.cache import GrowKV, Shape, SlotKV, Span
+from lab.models.lora import GatedLora
+
+Gate = Tensor | None
+
+
+class Dropout(Protocol):
+    """Stochastic masks from outside (Monte Carlo dropout): returns `x` (R, t, D) with the masks of `site` applied."""
+
+    def __call__(self, x: Tensor, site: str, layer: int) -> Tensor: ...
+
+
+@dataclass
+class Out:
+    """What a step returns: `last` (R, t, D) after the final norm; `taps` {layer: (R, t, D)}, 0 = block input, k = after block k."""
+
+    last: Tensor
+    taps: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Pass:
+    """What all blocks of one call share."""
+
+    kv: GrowKV | SlotKV
+    span: Span
+    rope: tuple[Tensor, Tensor] | None
+    gate: Gate
+    dropout: Dropout | None
+    training: bool
+
+    def drop(self, x: Tensor, p: float, site: str, layer: int) -> Tensor:
+        if self.dropout is not None:
+            return self.dropout(x, site, layer)
+        return F.dropout(x, p) if self.training and p else x
+
+
+class Decoder:
+    """Steps over the weights of a GPT-2, Llama, Qwen2 or Qwen3 model (peft-wrapped or not).
+
+    Args:
+        model: the causal language model; its `training` flag decides on dropout.
+        lora: adapters that a call's `lora_gate` opens row by row (Llama-shaped backbones).
+    """
+
+    def __init__(self, model: nn.Module, lora: GatedLora | None = None):
+        self.model, self.lora = unwrap(model), lora
+        self.config = self.model.config
+        family = FAMILIES[self.config.model_type]
+        self.stem = family.stem(self.model)
+        self.blocks = family.blocks(self.stem, self.config, lora)
+        self.final_norm = norm(family.final_norm(self.stem))
+        self.head = affine(self.model.get_output_embeddings())
+        self.table = self.model.get_input_embeddings()
+        self.enter, self.rope = family.enter(self.stem), Rope(self.stem.rotary_emb) if hasattr(self.stem, "rotary_emb") else None
+        self.shape = Shape.of(self.config)
+
+    def __call__(
+        self,
+        x: Tensor,
+        pos: Tensor,
+        kv: GrowKV | SlotKV,
+        *,
+        valid: Tensor | None = None,
+        depth: Tensor | int = 0,
+        lora_gate: Gate | bool = None,
+        dropout: Dropout | None = None,
+        taps: tuple[int, ...] = (),
+    ) -> Out:
+        """Hidden states of `x` read after what `kv` holds; the new keys and values are written to it.
+
+        Args:
+            x: (R, t, D) input embeddings, without position embeddings.
+            pos: (R, t) positions of the columns; pads may carry any value in range.
+            valid: (R, t) bool, False where a column is padding (never attended); None = all real.
+            depth: (R, t) or one number, the slot depth of duo-causal attention: a slot is visible iff it is valid,
+                its position is not after the query's and its depth not above the query's.
+            lora_gate: None or False = adapters off, True = on, (R, t, 1) = on per row and column.
+            dropout: masks for Monte Carlo dropout; None = the model's own dropout, active in training mode only.
+            taps: indices of hidden states to return beside the last (see `Out`).
+        """
+        gate = None if lora_gate is None or lora_gate is False else x.new_ones(1) if lora_gate is True else lora_gate
+        span = kv.open(pos, valid, depth)
+        rope = self.rope(pos) if self.rope is not None else None
+        call = Pass(kv, span, rope, gate, dropout, self.model.training)
+        x = self.enter(x, pos, call)
+        kept = {0: x} if 0 in taps else {}
+        for index, block in enumerate(self.blocks):
+            x = block(x, call)
+            if index + 1 in taps and index + 1 < len(self.blocks):
+                kept[index + 1] = x
+        kv.close(span)
+        last = self.final_norm(x)
+        if len(self.blocks) in taps:
+            kept[len(self.blocks)] = last
+        return Out(last, kept)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings of `ids`, (…,) -> (…, D)."""
+        return self.table(ids)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Vocabulary logits of hidden states after the final norm, (…, D) -> (…, V)."""
+        return self.head(h)
+
+    def grow(self) -> GrowKV:
+        """An empty cache that keeps gradients."""
+        return GrowKV(self.shape)
+
+    def slots(self, rows: int, capacity: int) -> SlotKV:
+        """An empty preallocated cache for inference, `capacity` columns a row to begin with."""
+        weight = self.table.weight
+        return SlotKV(self.shape, rows, capacity, weight.dtype, weight.device)
+
+
+class Rope:
+    """Rotary tables of the model's own rotary module, computed once and looked up by position."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.cos, self.sin = module, None, None
+
+    def __call__(self, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (R, 1, t, head) of positions (R, t)."""
+        if self.cos is None or self.cos.device != pos.device:
+            self._fill(pos.device, self.module.config.max_position_embeddings if pos.is_cuda else 512)
+        if not pos.is_cuda and pos.numel() and int(pos.max()) >= len(self.cos):
+            self._fill(pos.device, 1 << int(pos.max()).bit_length())
+        return self.cos[pos].unsqueeze(1), self.sin[pos].unsqueeze(1)
+
+    def _fill(self, device: torch.device, length: int) -> None:
+        with torch.no_grad():
+            cos, sin = self.module(torch.empty(1, device=device), torch.arange(length, device=device)[None])
+        self.cos, self.sin = cos[0], sin[0]
+
+
+class GPT2Block:
+    """A GPT-2 layer: layer norms before, fused query-key-value, residual dropout after both halves."""
+
+    def __init__(self, layer: nn.Module, config, index: int, lora: GatedLora | None):
+        attention, mlp = layer.attn, layer.mlp
+        self.index, self.heads, self.head_dim = index, config.n_head, config.n_embd // config.n_head
+        self.norm1, self.norm2 = norm(layer.ln_1), norm(layer.ln_2)
+        self.qkv, self.out = affine(attention.c_attn), affine(attention.c_proj)
+        self.up, self.down, self.act = affine(mlp.c_fc), affine(mlp.c_proj), mlp.act
+        self.p_attention, self.p_mlp, self.p_probs = attention.resid_dropout.p, mlp.dropout.p, config.attn_pdrop
+
+    def __call__(self, x: Tensor, call: Pass) -> Tensor:
+        rows, columns, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(rows, columns, 3, self.heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        p = self.p_probs if call.training else 0.0
+        attended = call.kv.attend(self.index, q, k, v, call.span, p)
+        x = x + call.drop(self.out(attended), self.p_attention, "attention", self.index)
+        return x + call.drop(self.down(self.act(self.up(self.norm2(x)))), self.p_mlp, "mlp", self.index)
+
+
+class LlamaBlock:
+    """A Llama, Qwen2 or Qwen3 layer: RMS norms before, rotary positions, grouped keys and values, gated MLP."""
+
+    def __init__(self, layer: nn.Module, config, index: int, lora: GatedLora | None):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.index, self.head_dim = index, attention.head_dim
+        self.norm1, self.norm2 = norm(layer.input_layernorm), norm(layer.post_attention_layernorm)
+        self.q_norm = norm(attention.q_norm) if hasattr(attention, "q_norm") else None
+        self.k_norm = norm(attention.k_norm) if hasattr(attention, "k_norm") else None
+        adapters = lora.layers[index] if lora is not None else {}
+        modules = {name: getattr(attention, f"{name}_proj") for name in "qkvo"} | {
+            name: getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down")
+        }
+        for name, module in modules.items():
+            setattr(self, name, gated(affine(module), adapters[name]) if name in adapters else ungated(affine(module)))
+        self.act, self.p_probs = (
+            F.silu if isinstance(mlp.act_fn, nn.SiLU) or config.hidden_act == "silu" else mlp.act_fn,
+            config.attention_dropout,
+        )
+
+    def __call__(self, x: Tensor, call: Pass) -> Tensor:
+        h, gate = self.norm1(x), call.gate
+        q, k, v = (self._split(linear(h, gate)) for linear in (self.q, self.k, self.v))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q.transpose(1, 2), *call.rope), rotate(k.transpose(1, 2), *call.rope)
+        p = self.p_probs if call.training else 0.0
+        attended = call.kv.attend(self.index, q, k, v.transpose(1, 2), call.span, p)
+        x = x + call.drop(self.o(attended, gate), 0.0, "attention", self.index)
+        h = self.norm2(x)
+        inner = self.act(self.gate(h, gate)) * self.up(h, gate)
+        return x + call.drop(self.down(inner, gate), 0.0, "mlp", self.index)
+
+    def _split(self, y: Tensor) -> Tensor:
+        return y.view(*y.shape[:2], -1, self.head_dim)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of `x` (R, H, t, head) in the half-split convention of Llama."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return torch.addcmul(x * cos, turned, sin)
+
+
+def affine(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The fastest exact call of a linear: raw weights for plain linears, the module itself for wrapped ones."""
+    if type(module) is nn.Linear:
+        return partial(F.linear, weight=module.weight, bias=module.bias)
+    if type(module).__name__ == "Conv1D" and not hasattr(module, "base_layer"):
+        return partial(_conv1d, weight=module.weight, bias=module.bias)
+    return module
+
+
+def _conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+
+
+def norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A layer or RMS norm over raw weights; RMS in float32 as the models compute it."""
+    if type(module) is nn.LayerNorm:
+        return partial(F.layer_norm, normalized_shape=module.normalized_shape, weight=module.weight, bias=module.bias, eps=module.eps)
+    if type(module).__name__.endswith("RMSNorm"):
+        return partial(_rms, weight=module.weight, eps=module.variance_epsilon)
+    return module
+
+
+def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def gated(base: Callable, adapter: nn.Module) -> Callable[[Tensor, Gate], Tensor]:
+    """`base(x) + gate · adapter(x)`, the adapter not computed at all while the gate is None."""
+    return lambda x, gate: base(x) if gate is None else base(x) + gate * adapter(x)
+
+
+def ungated(base: Callable) -> Callable[[Tensor, Gate], Tensor]:
+    return lambda x, gate: base(x)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside a peft wrapper (its linears stay wrapped), or `model` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class GPT2Family:
+    @staticmethod
+    def stem(model):
+        return model.transformer
+
+    @staticmethod
+    def blocks(stem, config, lora):
+        return [GPT2Block(layer, config, index, lora) for index, layer in enumerate(stem.h)]
+
+    @staticmethod
+    def final_norm(stem):
+        return stem.ln_f
+
+    @staticmethod
+    def enter(stem):
+        return lambda x, pos, call: call.drop(x + stem.wpe(pos), stem.drop.p, "embedding", -1)
+
+
+class LlamaFamily:
+    @staticmethod
+    def stem(model):
+        return model.model
+
+    @staticmethod
+    def blocks(stem, config, lora):
+        return [LlamaBlock(layer, config, index, lora) for index, layer in enumerate(stem.layers)]
+
+    @staticmethod
+    def final_norm(stem):
+        return stem.norm
+
+    @staticmethod
+    def enter(stem):
+        return lambda x, pos, call: x
+
+
+FAMILIES = {"gpt2": GPT2Family, "llama": LlamaFamily, "qwen2": LlamaFamily, "qwen3": LlamaFamily}
+
+
+def supported(model: nn.Module) -> bool:
+    """Whether `Decoder` computes this model exactly: known family, full attention, static rotary scaling, plain GPT-2 options."""
+    config = unwrap(model).config
+    if config.model_type not in FAMILIES:
+        return False
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    plain = not (getattr(config, "scale_attn_by_inverse_layer_idx", False) or getattr(config, "add_cross_attention", False))
+    return full and plain and getattr(config, "scale_attn_weights", True) and rope in ("default", "linear", "llama3", "yarn")
+
+
+def decoder_for(model: nn.Module, lora: GatedLora | None = None):
+    """The step to use for `model`: `Decoder` where it is exact, else `HFDecoder` over the model's own forward."""
+    if supported(model):
+        return Decoder(model, lora)
+    from lab.models.hf_decoder import HFDecoder
+
+    return HFDecoder(model, lora)
