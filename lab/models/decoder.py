@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lab.models.cache import GrowKV, Shape, SlotKV, Span
-from lab.models.lora import GatedLora
+from lab.models.lora import LINEARS, GatedLora
 
 Gate = Tensor | None
 
@@ -183,15 +183,11 @@ class LlamaBlock:
         self.q_norm = norm(attention.q_norm) if hasattr(attention, "q_norm") else None
         self.k_norm = norm(attention.k_norm) if hasattr(attention, "k_norm") else None
         adapters = lora.layers[index] if lora is not None else {}
-        modules = {name: getattr(attention, f"{name}_proj") for name in "qkvo"} | {
-            name: getattr(mlp, f"{name}_proj") for name in ("gate", "up", "down")
-        }
-        for name, module in modules.items():
-            setattr(self, name, gated(affine(module), adapters[name]) if name in adapters else ungated(affine(module)))
-        self.act, self.p_probs = (
-            F.silu if isinstance(mlp.act_fn, nn.SiLU) or config.hidden_act == "silu" else mlp.act_fn,
-            config.attention_dropout,
-        )
+        for name in LINEARS:
+            module = affine(getattr(attention if name in "qkvo" else mlp, f"{name}_proj"))
+            setattr(self, name, gated(module, adapters[name]) if name in adapters else ungated(module))
+        self.act = F.silu if config.hidden_act == "silu" else mlp.act_fn
+        self.p_probs = config.attention_dropout
 
     def __call__(self, x: Tensor, call: Pass) -> Tensor:
         h, gate = self.norm1(x), call.gate

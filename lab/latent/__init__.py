@@ -1,0 +1,1 @@
+"""The three places where a model can think between words: an extra position, a second pass, a prefix."""
