@@ -1,0 +1,103 @@
+"""One notebook, executed headless through papermill: output kept cell by cell, failures pointed at, HTML that shows offline."""
+
+import logging
+import os
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lab.errors import RunError
+from lab.files import make_folder, write_text
+
+log = logging.getLogger(__name__)
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+class CellFailed(RunError):
+    """A cell of a notebook raised; `ename` and `evalue` are the kernel's, `cell` counts from 1 over all cells."""
+
+    def __init__(self, notebook: Path, cell: int, ename: str, evalue: str) -> None:
+        self.cell, self.ename, self.evalue = cell, ename, evalue
+        first_line = evalue.strip().splitlines()[0] if evalue.strip() else ""
+        super().__init__(f"{ename} in cell {cell}: {first_line} See {notebook.with_suffix('.html')}#papermill-error-cell")
+
+
+def execute(
+    notebook: Path,
+    output: Path,
+    parameters: dict[str, Any],
+    on_cell: Callable[[int, int], None] | None = None,
+    kernel: Any = None,
+) -> Path:
+    """Runs `notebook` with `parameters` (checked by the caller) and returns `output`, written after every cell, with its HTML beside it.
+
+    on_cell(done, total) is called as code cells start. kernel: a started kernel manager to use instead of a fresh kernel.
+    Raises CellFailed if a cell raises, RunError if the kernel dies; what ran before stays in `output`.
+    """
+    make_folder(output.parent)
+    try:
+        _papermill(notebook, output, parameters, on_cell, kernel)
+    finally:
+        if output.exists():
+            to_html(output)
+    return output
+
+
+def _papermill(notebook: Path, output: Path, parameters: dict[str, Any], on_cell: Callable[[int, int], None] | None, kernel: Any) -> None:
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    logging.getLogger("papermill").setLevel(logging.WARNING)
+    hooks = {"on_cell_start": _counter(notebook, on_cell)} if on_cell else {}
+    given = {"km": kernel} if kernel is not None else {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            papermill.execute_notebook(
+                str(notebook), str(output), parameters, kernel_name="python3", language="python", progress_bar=False, **hooks, **given
+            )
+    except PapermillExecutionError as error:
+        raise CellFailed(output, error.cell_index + 1, error.ename, error.evalue) from None
+    except DeadKernelError:
+        raise RunError(f"The kernel of {notebook.name} died (killed, or out of memory); its output so far is in {output}.") from None
+
+
+def _counter(notebook: Path, on_cell: Callable[[int, int], None]) -> Callable[..., None]:
+    import nbformat
+
+    total = sum(cell.cell_type == "code" for cell in nbformat.read(notebook, 4).cells)
+    started: list[int] = []
+
+    def count(cell: Any, cell_index: int) -> None:
+        if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", []):
+            started.append(cell_index)
+            on_cell(len(started) - 1, total)
+
+    return count
+
+
+def to_html(notebook: Path) -> Path:
+    """The notebook as one HTML file that needs no network: live widgets are replaced by the static twins in their outputs."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    content = nbformat.read(notebook, 4)
+    content.metadata.pop("widgets", None)
+    content.metadata.setdefault("title", notebook.stem)
+    for cell in content.cells:
+        for output in cell.get("outputs", []):
+            if len(output.get("data", {})) > 1:
+                output.data.pop(WIDGET, None)
+    exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True, sanitize_html=False)
+    exporter.require_js_url = exporter.mathjax_url = exporter.jquery_url = exporter.mermaid_js_url = ""
+    html, _ = exporter.from_notebook_node(content)
+    return write_text(notebook.with_suffix(".html"), _offline(html))
+
+
+def _offline(html: str) -> str:
+    """`html` without scripts and imports that would be fetched."""
+    html = re.sub(r"<script\b[^>]*\bsrc=\"(?:https?:)?(?://[^\"]*)?\"[^>]*>\s*</script>", "", html)
+    return re.sub(r"<script type=\"module\">(?:(?!</script>).)*\bimport\b(?:(?!</script>).)*</script>", "", html, flags=re.S)

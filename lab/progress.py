@@ -1,0 +1,172 @@
+"""Progress with the time left, for every long loop: one line that is updated in a notebook or terminal, plain lines elsewhere."""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+
+EVERY_S = 10.0  # between plain lines, where nothing can be updated in place
+
+
+def progress(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
+    """Yields `items` while showing how many are done and the time left; `total` where `items` has no length."""
+    with Progress(label, total if total is not None else _length(items)) as shown:
+        for item in items:
+            yield item
+            shown.advance()
+
+
+def _length(items: Any) -> int | None:
+    return len(items) if hasattr(items, "__len__") else None
+
+
+class Progress:
+    """A count that shows itself: call `advance` (or `at`) as often as you like, it draws at a bearable rate.
+
+    Used as a context manager. Inside `lab run` it also writes its state to the file named by LAB_PROGRESS, which the command displays.
+    """
+
+    def __init__(self, label: str, total: int | None = None, show: "Display | None" = None) -> None:
+        self.label, self.total, self.done, self.note = label, total, 0, ""
+        self._display = show or _display()
+        self._began = self._first = time.monotonic()
+        self._offset = 0
+
+    def __enter__(self) -> "Progress":
+        self._display.draw(self.text(), force=False)
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self._report()
+        self._display.end(self.text(ended=True, failed=kind is not None))
+
+    def start_at(self, done: int) -> None:
+        """Counts `done` items as finished earlier (a resumed loop): they do not enter the speed."""
+        self.done = self._offset = done
+        self._began = time.monotonic()
+
+    def advance(self, by: int = 1, note: str = "") -> None:
+        """`by` more are done; `note` (a loss, an accuracy) stands behind the time."""
+        self.at(self.done + by, note)
+
+    def at(self, done: int, note: str = "") -> None:
+        """`done` of `total` are done now."""
+        self.done, self.note = done, note or self.note
+        if self._display.draw_due():
+            self._report()
+            self._display.draw(self.text())
+
+    @property
+    def seconds_left(self) -> float | None:
+        """An estimate from the speed so far; None while unknown."""
+        fresh = self.done - self._offset
+        if not self.total or fresh <= 0:
+            return None
+        return (time.monotonic() - self._began) / fresh * max(0, self.total - self.done)
+
+    def text(self, ended: bool = False, failed: bool = False) -> str:
+        """`label 120/500 24% · 0:12 left · note`."""
+        parts = [f"{self.label} {self.done}" + (f"/{self.total} {100 * self.done // self.total}%" if self.total else "")]
+        spent = time.monotonic() - self._first
+        if ended:
+            parts.append(f"{'stopped after' if failed else 'in'} {clock(spent)}")
+        elif self.seconds_left is not None:
+            parts.append(f"{clock(self.seconds_left)} left")
+        else:
+            parts.append(clock(spent))
+        return " · ".join([*parts, self.note] if self.note else parts)
+
+    def _report(self) -> None:
+        if path := os.environ.get("LAB_PROGRESS"):
+            state = {"label": self.label, "done": self.done, "total": self.total, "left_s": self.seconds_left, "note": self.note}
+            with contextlib.suppress(OSError):  # a display aid: a full disk is reported by the work itself
+                draft = Path(f"{path}.new")
+                draft.write_text(json.dumps(state))
+                draft.replace(path)
+
+
+def clock(seconds: float) -> str:
+    """`0:07`, `12:03`, `1:02:03`."""
+    minutes, seconds_ = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds_:02}" if hours else f"{minutes}:{seconds_:02}"
+
+
+class Display:
+    """Where progress is drawn; this one logs a plain line every `every` seconds."""
+
+    def __init__(self, every: float = EVERY_S) -> None:
+        self.every, self._last = every, time.monotonic()
+
+    def draw_due(self) -> bool:
+        """Whether it is time to draw again."""
+        return time.monotonic() - self._last >= self.every
+
+    def draw(self, text: str, force: bool = True) -> None:
+        """Shows the present state; without `force` only where that costs no line."""
+        self._last = time.monotonic()
+        if force:
+            log.info(text)
+
+    def end(self, text: str) -> None:
+        """Shows the last state."""
+        log.info(text)
+
+
+class Terminal(Display):
+    """One line of a terminal, overwritten in place."""
+
+    def __init__(self) -> None:
+        super().__init__(0.2)
+
+    def draw(self, text: str, force: bool = True) -> None:
+        self._last = time.monotonic()
+        sys.stderr.write("\r\x1b[2K" + text[: _width() - 1])
+        sys.stderr.flush()
+
+    def end(self, text: str) -> None:
+        self.draw(text)
+        sys.stderr.write("\n")
+
+
+class Notebook(Display):
+    """One output of a cell, updated in place: live in JupyterLab, and its last state in an executed notebook."""
+
+    def __init__(self) -> None:
+        super().__init__(0.5)
+        self._handle: Any = None
+
+    def draw(self, text: str, force: bool = True) -> None:
+        from IPython.display import display
+
+        self._last = time.monotonic()
+        bundle = {"text/plain": text}
+        if self._handle is None:
+            self._handle = display(bundle, raw=True, display_id=True)
+        else:
+            self._handle.update(bundle, raw=True)
+
+    def end(self, text: str) -> None:
+        self.draw(text)
+
+
+def _width() -> int:
+    with contextlib.suppress(OSError):
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    return 100
+
+
+def _display() -> Display:
+    if ipython := sys.modules.get("IPython"):
+        shell = ipython.get_ipython()
+        if shell is not None and getattr(shell, "kernel", None) is not None:
+            return Notebook()
+    return Terminal() if sys.stderr.isatty() else Display()

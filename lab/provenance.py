@@ -1,0 +1,96 @@
+"""Where a run comes from: repository, commit, packages, device, and the exact code a step imported."""
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lab.files import file_digest
+
+PACKAGES = ("lab", "torch", "transformers", "peft", "accelerate", "trl", "datasets", "tokenizers", "safetensors", "numpy", "papermill")
+_SOURCE = Path(__file__).resolve().parent
+_PLUMBING = {f"{name}.py" for name in "__init__ errors files notebooks papers parameters progress provenance records runs".split()}
+
+
+def home() -> Path:
+    """The folder with `papers/` and `notebooks/`: LAB_HOME, else the checkout `lab` is imported from, else the working directory."""
+    if named := os.environ.get("LAB_HOME"):
+        return Path(named).resolve()
+    return _SOURCE.parent if (_SOURCE.parent / "papers").is_dir() else Path.cwd()
+
+
+def outputs() -> Path:
+    """The folder that holds all runs: LAB_OUTPUTS, else `outputs` at home."""
+    return Path(os.environ.get("LAB_OUTPUTS") or home() / "outputs").resolve()
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(_SOURCE.parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, errors="replace")
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def commit() -> dict[str, Any]:
+    """{"commit", "dirty"} of the checkout; commit None where `lab` is not in a git checkout."""
+    head = _git("rev-parse", "HEAD")
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": head.strip() if head else None, "dirty": bool(status and status.strip())}
+
+
+def uncommitted(limit: int = 1 << 20) -> str:
+    """The diff of tracked files against the commit, at most `limit` characters."""
+    return (_git("diff", "HEAD") or "")[:limit]
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that shape a result."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Python, platform, processors, and the accelerator as far as torch is loaded already (it is never imported for this)."""
+    return {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count(), "device": device_name()}
+
+
+def device_name() -> str:
+    """What computes here, in words: the CUDA device that torch sees, else the CPU."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return f"cuda ({torch.cuda.get_device_name()})"
+    return f"cpu ({os.cpu_count()} cores)"
+
+
+def peak_memory_mib() -> dict[str, float]:
+    """The most memory this process has held: resident, and on the accelerator if torch has used one."""
+    import resource
+
+    per_mib = 1024 if sys.platform == "linux" else 1 << 20
+    peak = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_mib, 1)}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        peak["device"] = round(torch.cuda.max_memory_allocated() / (1 << 20), 1)
+    return peak
+
+
+def imported_code() -> dict[str, str]:
+    """{path below the package: content hash} of every file of `lab` this process has imported, bar those that only carry runs."""
+    modules = [module for name, module in list(sys.modules.items()) if name.split(".")[0] == "lab"]
+    names = {str(Path(file).relative_to(_SOURCE)) for module in modules if (file := getattr(module, "__file__", None))}
+    return {name: file_digest(_SOURCE / name) for name in sorted(names - _PLUMBING)}
+
+
+def code_unchanged(recorded: dict[str, str]) -> bool:
+    """Whether every file of an earlier `imported_code()` is still the same."""
+    return all((_SOURCE / name).is_file() and file_digest(_SOURCE / name) == known for name, known in recorded.items())

@@ -1,0 +1,76 @@
+"""Finished steps read back, and what decides whether a step must run again. Reports, figures and sweeps start here."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lab import provenance
+from lab.files import digest, file_digest, read_json, read_lines
+
+STEP, RESULTS, METRICS = "step.json", "results.json", "metrics.jsonl"
+
+
+class StepRecord:
+    """A finished step, read back: `info` (step.json), `results`, `metrics`, `tables`, and the paths of figures and views."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.name = folder, folder.name
+        self.info: dict[str, Any] = read_json(folder / STEP)
+
+    def summary(self) -> dict[str, Any]:
+        """What the manifest says about this step."""
+        keys = ("status", "started", "finished", "seconds", "peak_memory_mib", "parameters", "notebook", "fingerprint", "token")
+        return {key: self.info[key] for key in keys}
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return read_json(self.folder / RESULTS) if (self.folder / RESULTS).exists() else {}
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_metrics(self.folder)
+
+    @property
+    def tables(self) -> dict[str, list[dict[str, Any]]]:
+        return {path.stem: read_json(path) for path in sorted((self.folder / "tables").glob("*.json"))}
+
+    def files(self, kind: str, pattern: str) -> list[Path]:
+        """Paths below `figures` or `views`, by name."""
+        return sorted((self.folder / kind).glob(pattern))
+
+    def unchanged(self, fingerprint: str) -> bool:
+        """Whether running the step again would do the same: same parameters, notebook, data, inputs and code."""
+        return self.info["fingerprint"] == fingerprint and provenance.code_unchanged(self.info["code"])
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; where a resumed step logged the same point again (same `step`, same texts), the later line counts."""
+    last: dict[Any, dict[str, Any]] = {}
+    for number, line in enumerate(read_lines(folder / METRICS)):
+        key = tuple(sorted((k, v) for k, v in line.items() if k == "step" or isinstance(v, str)))
+        last[key if "step" in line else number] = line
+    return list(last.values())
+
+
+def fingerprint(spec: Any, parameters: dict[str, Any], run: Path) -> tuple[str, dict[str, Any]]:
+    """(fingerprint, data files) of a step: its parameters, notebook code, named data files, and the results it builds on."""
+    data = {name: _data_facts(value) for name, value in parameters.items() if _is_path(value)}
+    inputs = {need: _token(run / need) for need in spec.needs}
+    return digest(parameters, _notebook_code(spec.path), {name: facts["digest"] for name, facts in data.items()}, inputs), data
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and ("/" in value or "." in value) and len(value) < 1024 and os.path.exists(value)
+
+
+def _data_facts(value: str) -> dict[str, Any]:
+    return {"path": os.path.abspath(value), "digest": file_digest(Path(value))}
+
+
+def _token(folder: Path) -> str | None:
+    return read_json(folder / STEP)["token"] if (folder / STEP).exists() else None
+
+
+def _notebook_code(path: Path) -> str:
+    cells = [cell for cell in read_json(path)["cells"] if cell["cell_type"] == "code"]
+    return digest(["".join(cell["source"]) for cell in cells if "parameters" not in cell["metadata"].get("tags", [])])
