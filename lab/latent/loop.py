@@ -1,0 +1,274 @@
+"""The one token loop: rows of a batch think, close and answer side by side, each at its own pace.
+
+A prompt is read once for all its samples; at every step each live row submits one input (a thought, a forced token or the
+token it just said) and all of them share one decoder call; finished rows leave the batch. Results do not depend on which
+rows happen to share a batch (draws are keyed, positions and masks are per row).
+
+Axes: Q prompts, N samples each, R = Q·N rows (question-major), P prompt columns, D width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lab.config import Settings
+from lab.errors import DataError
+from lab.latent.draws import Draws, Keyed
+from lab.latent.policy import Phase, Policy, Rows
+
+FINISH = {0: "stop", 1: "length"}
+
+
+class Budget(Settings):
+    """Most thoughts and answer tokens of a row; a row at its cap is closed or cut, and marked."""
+
+    thoughts: int = 64
+    answer: int = 256
+
+
+@dataclass
+class Prompt:
+    """Prompts as input embeddings `x` (Q, P, D), padded on the left; `valid` (Q, P) bool or None when none is padded."""
+
+    x: Tensor
+    valid: Tensor | None = None
+
+    @classmethod
+    def of_ids(cls, decoder, prompts: Sequence[Sequence[int]]) -> "Prompt":
+        """Prompts from token ids of any lengths; raises DataError for an empty one."""
+        if not prompts or not all(len(ids) for ids in prompts):
+            raise DataError("Nothing to read: a prompt without a single token. Give each question some text.")
+        width, device = max(map(len, prompts)), decoder.table.weight.device
+        ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in prompts], device=device)
+        pads = torch.tensor([width - len(row) for row in prompts], device=device)
+        valid = torch.arange(width, device=device) >= pads[:, None]
+        return cls(decoder.embed(ids), None if bool(valid.all()) else valid)
+
+    @property
+    def pos(self) -> Tensor:
+        """(Q, P) positions counted from the first real column."""
+        if self.valid is None:
+            return torch.arange(self.x.shape[1], device=self.x.device).expand(self.x.shape[:2])
+        return (self.valid.cumsum(1) - 1).clamp(min=0)
+
+    def repeat(self, n: int) -> "Prompt":
+        return Prompt(self.x.repeat_interleave(n, 0), None if self.valid is None else self.valid.repeat_interleave(n, 0))
+
+
+class DropoutRegime(Protocol):
+    """When Monte Carlo dropout is live: masks for reading the prompt and for a step, or None."""
+
+    shares_prompt: bool
+
+    def prefill(self, draws: Draws) -> Callable | None: ...
+    def at(self, rows: Rows) -> Callable | None: ...
+
+
+@dataclass
+class Rollout:
+    """What R rows did.
+
+    Attributes:
+        tokens: (R, A) answer tokens, -1 after the end (stop tokens are not kept).
+        lengths: (R,) answer tokens said.
+        finish: (R,) 0 = stopped by a stop token, 1 = cut at the budget.
+        counts: (R,) thoughts made; `capped` (R,) bool: closed by the budget.
+        thoughts: (R, T, D) the inputs fed as thoughts, zero after `counts`; None if not kept.
+        notes: what the policy noted, name -> (R, columns, …), NaN where nothing was.
+        passes: decoder calls after the prompt; `row_steps` live rows summed over them.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    finish: Tensor
+    counts: Tensor
+    capped: Tensor
+    thoughts: Tensor | None
+    notes: dict[str, Tensor]
+    passes: int
+    row_steps: int
+
+    def answers(self) -> list[list[int]]:
+        """Answer token ids of each row."""
+        return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths.tolist(), strict=True)]
+
+
+@torch.no_grad()
+def rollout(
+    decoder,
+    policy: Policy,
+    prompt: Prompt,
+    n: int = 1,
+    draws: Draws | None = None,
+    *,
+    budget: Budget | None = None,
+    dropout: DropoutRegime | None = None,
+    keep: tuple[str, ...] = ("thoughts",),
+    share: bool | None = None,
+    compact: float = 0.125,
+) -> Rollout:
+    """Runs `policy` from each prompt `n` times.
+
+    Args:
+        draws: randomness of the R rows; None = keyed by seed 0, the prompt's number and the sample's.
+        budget: caps on thoughts and answer tokens.
+        dropout: Monte Carlo dropout; a regime that masks the prompt too makes each sample read it itself.
+        keep: names to record: "thoughts", "logprob", and what the policy notes.
+        share: keep one copy of a prompt's keys for its samples; None = where that is faster.
+        compact: share of rows that must have finished before the batch is cut down.
+    """
+    questions, budget = prompt.x.shape[0], budget or Budget()
+    if draws is None:
+        row = torch.arange(questions * n, device=prompt.x.device)
+        draws = Keyed.of(0, row // n, row % n)
+    shared = dropout is None or dropout.shares_prompt
+    kv, h, pos = read_prompt(decoder, prompt if shared else prompt.repeat(n), None if dropout is None else dropout.prefill(draws))
+    if shared:
+        kv = kv.fan_out(
+            n, min(64, budget.thoughts + len(policy.closing) + budget.answer), _worth_sharing(prompt, n) if share is None else share
+        )
+        h, pos = h.repeat_interleave(n, 0), pos.repeat_interleave(n, 0)
+    return _Loop(decoder, policy, kv, h, pos, draws, budget, dropout, keep, compact).run()
+
+
+def read_prompt(decoder, prompt: Prompt, dropout: Callable | None = None):
+    """The cache after the prompts, the last hidden state (Q, D) and the next position (Q,)."""
+    pos = prompt.pos
+    kv = decoder.slots(pos.shape[0], pos.shape[1])
+    h = decoder(prompt.x, pos, kv, valid=prompt.valid, dropout=dropout).last[:, -1]
+    return kv, h, pos[:, -1] + 1
+
+
+def _worth_sharing(prompt: Prompt, n: int) -> bool:
+    return n > 1 and n * prompt.x.shape[1] >= 128
+
+
+@dataclass
+class _Notes:
+    """Values written row by row and column by column, assembled at the end."""
+
+    names: tuple[str, ...]
+    entries: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
+
+    def __call__(self, name: str, index: Tensor, column: Tensor, values: Tensor) -> None:
+        if name in self.names:
+            self.entries.setdefault(name, []).append((index, column, values))
+
+    def table(self, name: str, rows: int, fill: float = torch.nan) -> Tensor | None:
+        if name not in self.entries:
+            return None
+        index, column, values = (torch.cat(part) for part in zip(*self.entries[name], strict=True))
+        out = values.new_full((rows, int(column.max()) + 1, *values.shape[1:]), fill)
+        out[index, column] = values
+        return out
+
+
+class _Loop:
+    def __init__(self, decoder, policy, kv, h, pos, draws, budget, dropout, keep, compact):
+        self.decoder, self.policy, self.kv, self.budget, self.dropout, self.compact = decoder, policy, kv, budget, dropout, compact
+        count, zeros = len(h), torch.zeros_like(pos)
+        self.notes = _Notes((*keep, "token"))
+        index = torch.arange(count, device=h.device)
+        self.rows = Rows(index, h, pos, zeros + int(policy.start), zeros, zeros, zeros, draws, self.notes)
+        self.total, self.steps, self.row_steps = count, 0, 0
+        self.counts, self.lengths, self.finish = zeros.clone(), zeros.clone(), zeros.clone()
+        self.capped = torch.zeros(count, dtype=torch.bool, device=h.device)
+        policy.begin(self.rows)
+
+    def run(self) -> Rollout:
+        while True:
+            x = self._leave(self._inputs())
+            if x is None:
+                return self._result()
+            rows = self.rows
+            dropout = None if self.dropout is None else self.dropout.at(rows)
+            rows.h = self.decoder(x[:, None], rows.pos[:, None], self.kv, dropout=dropout).last[:, 0]
+            rows.pos = rows.pos + 1
+            self.steps, self.row_steps = self.steps + 1, self.row_steps + len(rows)
+
+    def _inputs(self) -> Tensor:
+        """The next input (R, D) of every row; phases and counts move on."""
+        x = torch.empty_like(self.rows.h)
+        self._in(Phase.THINK, self._halt, None)
+        thinking, closing = self.rows.phase == Phase.THINK, self.rows.phase == Phase.CLOSE
+        self._in(Phase.ANSWER, self._answer, x)
+        self._in_rows(closing, self._close, x)
+        self._in_rows(thinking, self._think, x)
+        return x
+
+    def _in(self, phase: Phase, act: Callable, x: Tensor | None) -> None:
+        self._in_rows(self.rows.phase == phase, act, x)
+
+    def _in_rows(self, mask: Tensor, act: Callable, x: Tensor | None) -> None:
+        picked = mask.nonzero()[:, 0]
+        if len(picked) == 0:
+            return
+        everyone = len(picked) == len(mask)
+        fed = act(self.rows if everyone else self.rows.select(picked), slice(None) if everyone else picked)
+        if x is not None:
+            x[picked] = fed
+
+    def _halt(self, rows: Rows, at) -> None:
+        capped = rows.thoughts >= self.budget.thoughts
+        halting = self.policy.halt(rows)
+        self.capped[rows.index] |= capped if halting is None else capped & ~halting
+        stop = capped if halting is None else capped | halting
+        after = Phase.CLOSE if self.policy.closing else Phase.ANSWER
+        self._move(at, torch.where(stop, int(after), int(Phase.THINK)))
+
+    def _think(self, rows: Rows, at) -> Tensor:
+        x = self.policy.thought(rows)
+        rows.note("thoughts", x)
+        self._count("thoughts", at)
+        return x
+
+    def _close(self, rows: Rows, at) -> Tensor:
+        closing = torch.tensor(self.policy.closing, device=rows.h.device)
+        x, closed = self.policy.read(closing[rows.closed], rows), rows.closed + 1
+        self._count("closed", at)
+        self._move(at, torch.where(closed >= len(closing), int(Phase.ANSWER), int(Phase.CLOSE)))
+        return x
+
+    def _answer(self, rows: Rows, at) -> Tensor:
+        token = self.policy.say(rows)
+        stopped = self.policy.stopped(token, rows)
+        rows.note("token", torch.where(stopped, -1, token))
+        x, said = self.policy.read(token, rows), rows.said + 1
+        full = said >= self.budget.answer
+        self.lengths[rows.index] = said - stopped.long()
+        self.finish[rows.index] = (full & ~stopped).long()
+        self._count("said", at)
+        self._move(at, torch.where(stopped | full, int(Phase.DONE), int(Phase.ANSWER)))
+        return x
+
+    def _move(self, at, phase: Tensor) -> None:
+        phases = self.rows.phase.clone()
+        phases[at] = phase
+        self.rows.phase = phases
+
+    def _count(self, name: str, at) -> None:
+        changed = getattr(self.rows, name).clone()
+        changed[at] += 1
+        setattr(self.rows, name, changed)
+
+    def _leave(self, x: Tensor) -> Tensor | None:
+        """Cuts finished rows off once enough of them have finished; None when all have."""
+        done = self.rows.phase == Phase.DONE
+        finished = int(done.sum())
+        self.counts[self.rows.index] = self.rows.thoughts
+        if finished == len(done):
+            return None
+        if finished and finished >= self.compact * len(done):
+            live = (~done).nonzero()[:, 0]
+            self.kv, self.rows, x = self.kv.select(live), self.rows.select(live), x[live]
+        return x
+
+    def _result(self) -> Rollout:
+        tokens = self.notes.table("token", self.total, -1)
+        notes = {name: self.notes.table(name, self.total) for name in self.notes.names if name not in ("token", "thoughts")}
+        thoughts = self.notes.table("thoughts", self.total, 0.0)
+        notes = {name: value for name, value in notes.items() if value is not None}
+        return Rollout(tokens, self.lengths, self.finish, self.counts, self.capped, thoughts, notes, self.steps, self.row_steps)
