@@ -1,0 +1,95 @@
+"""The decoder step of any transformers architecture, through the model's own forward and cache.
+
+Slower than `Decoder` and with the same results: masks and positions are explicit, so padding and ragged rows stay exact.
+Slot depths and adapters need a look inside the layers and are refused.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lab.errors import SettingsError
+from lab.models.cache import BLOCKED
+
+
+class HFKV:
+    """A growing transformers cache with the positions and validity of its slots; the interface of `GrowKV` and `SlotKV`."""
+
+    def __init__(self, cache, valid: Tensor | None = None, pos: Tensor | None = None):
+        self.cache, self.valid, self.pos = cache, valid, pos
+
+    @property
+    def columns(self) -> int:
+        return 0 if self.valid is None else self.valid.shape[1]
+
+    def add(self, pos: Tensor, valid: Tensor) -> None:
+        self.pos = pos if self.pos is None else torch.cat((self.pos, pos), 1)
+        self.valid = valid if self.valid is None else torch.cat((self.valid, valid), 1)
+
+    def select(self, rows: Tensor) -> "HFKV":
+        """The cache of the given rows, repeats allowed."""
+        return self._with(lambda x: x.index_select(0, rows))
+
+    def fork(self) -> "HFKV":
+        """A second cache that continues from the same slots."""
+        return self._with(lambda x: x)
+
+    def fan_out(self, n: int, room: int, share: bool = True) -> "HFKV":
+        """Each row n times; the model's own cache cannot share a prompt, so it is repeated."""
+        return self.select(torch.arange(len(self.valid), device=self.valid.device).repeat_interleave(n))
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "HFKV":
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for index, layer in enumerate(self.cache.layers):
+            cache.update(change(layer.keys), change(layer.values), index)
+        return HFKV(cache, change(self.valid), change(self.pos))
+
+
+class HFDecoder:
+    """Steps through `model.base_model(inputs_embeds=…)` with explicit masks; see `lab.models.decoder.Decoder`."""
+
+    def __init__(self, model: nn.Module, lora=None):
+        from lab.models.decoder import unwrap
+
+        self.model = unwrap(model)
+        self.config = self.model.config
+        if lora is not None:
+            raise SettingsError(f"Gated adapters need one of the architectures lab steps through itself, not {self.config.model_type!r}.")
+        if set(getattr(self.config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+            raise SettingsError(f"{self.config.model_type!r} mixes attention types; lab feeds thoughts back through full attention only.")
+        self.table, self.head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+
+    def __call__(self, x: Tensor, pos: Tensor, kv: HFKV, *, valid=None, depth=0, lora_gate=None, dropout=None, taps=()):
+        from lab.models.decoder import Out
+
+        if dropout is not None or lora_gate not in (None, False) or not (isinstance(depth, int) and depth == 0):
+            raise SettingsError(f"Dropout masks, slot depths and adapters are not available for {self.config.model_type!r}.")
+        kv.add(pos, torch.ones_like(pos, dtype=torch.bool) if valid is None else valid.bool())
+        visible = (kv.pos[:, None] <= pos[:, :, None]) & kv.valid[:, None]
+        bias = torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill_(~visible, BLOCKED)[:, None]
+        out = self.model.base_model(
+            inputs_embeds=x,
+            position_ids=pos,
+            attention_mask=bias,
+            past_key_values=kv.cache,
+            use_cache=True,
+            output_hidden_states=bool(taps),
+        )
+        return Out(out.last_hidden_state, {tap: out.hidden_states[tap] for tap in taps})
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.table(ids)
+
+    def logits(self, h: Tensor) -> Tensor:
+        return self.head(h)
+
+    def grow(self) -> HFKV:
+        from transformers import DynamicCache
+
+        return HFKV(DynamicCache())
+
+    def slots(self, rows: int, capacity: int) -> HFKV:
+        return self.grow()
