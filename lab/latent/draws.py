@@ -40,6 +40,10 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
+def _wrap(x: int) -> int:
+    return (x + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
 def mix(x: Tensor) -> Tensor:
     """A bijective scramble of int64 (the finaliser of splitmix64)."""
     x = (x ^ _shift(x, 30)) * _MIX1
@@ -56,12 +60,12 @@ class Keyed:
     @classmethod
     def of(cls, seed: int, question: Tensor, sample: Tensor) -> "Keyed":
         """Keys of rows given the seed and each row's question and sample number, (R,) int64 each."""
-        start = mix(torch.tensor(seed, dtype=torch.long, device=question.device) + _GOLDEN)
+        start = mix(torch.tensor(_wrap(seed + _GOLDEN), device=question.device))
         return cls(mix(mix(start ^ (question + 1) * _STEP) ^ (sample + 1) * _STREAM))
 
     def uniform(self, step: Tensor, stream: int, shape: tuple[int, ...] = ()) -> Tensor:
         """Uniform in the open interval (0, 1), float32, (R, *shape); 24 random bits each."""
-        base = mix(self.key ^ mix((step + 1) * _STEP + (int(stream) + 1) * _STREAM))
+        base = mix(self.key ^ mix((step + 1) * _STEP + _wrap((int(stream) + 1) * _STREAM)))
         count = math.prod(shape)
         counter = torch.arange(1, count + 1, device=base.device) * _GOLDEN
         bits = _shift(mix(base[:, None] + counter), 40)

@@ -35,7 +35,7 @@ def probabilities(logits: Tensor, how: Sampling) -> Tensor:
     if 0 < how.top_k < p.shape[-1]:
         p = _renormalise(p.masked_fill(p < p.topk(how.top_k, -1).values[:, -1:], 0.0))
     if how.top_p < 1:
-        ranked, order = p.sort(-1, descending=True, stable=True)
+        ranked, order = p.sort(dim=-1, descending=True, stable=True)
         p = _renormalise(torch.zeros_like(p).scatter_(-1, order, _nucleus(ranked, how.top_p)))
     return p
 
