@@ -1,0 +1,1 @@
+"""No thinking beside the words: the plain backbone, the base every method is compared with."""
