@@ -1,7 +1,6 @@
 """One notebook, executed headless through papermill: output kept cell by cell, failures pointed at, HTML that shows offline."""
 
 import logging
-import os
 import re
 import warnings
 from collections.abc import Callable
@@ -29,30 +28,30 @@ def execute(
     output: Path,
     parameters: dict[str, Any],
     on_cell: Callable[[int, int], None] | None = None,
-    kernel: Any = None,
+    manager: Any = None,
 ) -> Path:
     """Runs `notebook` with `parameters` (checked by the caller) and returns `output`, written after every cell, with its HTML beside it.
 
-    on_cell(done, total) is called as code cells start. kernel: a started kernel manager to use instead of a fresh kernel.
+    on_cell(done, total) is called as code cells start. manager: a kernel manager class that starts the kernel its own way.
     Raises CellFailed if a cell raises, RunError if the kernel dies; what ran before stays in `output`.
     """
     make_folder(output.parent)
     try:
-        _papermill(notebook, output, parameters, on_cell, kernel)
+        _papermill(notebook, output, parameters, on_cell, manager)
     finally:
         if output.exists():
             to_html(output)
     return output
 
 
-def _papermill(notebook: Path, output: Path, parameters: dict[str, Any], on_cell: Callable[[int, int], None] | None, kernel: Any) -> None:
+def _papermill(notebook: Path, output: Path, parameters: dict[str, Any], on_cell: Callable[[int, int], None] | None, manager: Any) -> None:
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     logging.getLogger("papermill").setLevel(logging.WARNING)
     hooks = {"on_cell_start": _counter(notebook, on_cell)} if on_cell else {}
-    given = {"km": kernel} if kernel is not None else {}
+    given = {"kernel_manager_class": manager} if manager is not None else {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -5,7 +5,7 @@ import io
 import json
 import tokenize
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Optional
@@ -109,10 +109,9 @@ def _parameter(statement: ast.AnnAssign, meaning: str) -> Parameter:
         raise _syntax(statement, f"the default of {name} is not a literal") from None
     parameter = Parameter(name, annotation, _resolve(statement.annotation), default, meaning)
     try:
-        parameter.check(default)
+        return replace(parameter, default=parameter.check(default))
     except SettingsError as error:
         raise _syntax(statement, f"default of {error}".rstrip(".")) from None
-    return parameter
 
 
 def _syntax(node: ast.stmt, message: str) -> SyntaxError:

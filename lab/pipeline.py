@@ -1,0 +1,226 @@
+"""One recipe, from its plan to a finished run folder: what `lab run` does."""
+
+import contextlib
+import logging
+import os
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from lab import kernels, papers, runs
+from lab.errors import LabError, RunError, unknown
+from lab.files import make_folder, read_json
+from lab.progress import Display, Terminal, clock
+from lab.records import fingerprint
+
+log = logging.getLogger(__name__)
+
+
+class StepFailed(RunError):
+    """A step of a run did not finish; the message says where to look and how to go on."""
+
+
+def run_recipe(
+    paper: str,
+    recipe: str | None = None,
+    overrides: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+    from_step: str | None = None,
+    show: Display | None = None,
+) -> Path:
+    """Runs the steps of a recipe that are not done yet and returns the run folder, which holds report.html at the end.
+
+    overrides: {name or step.name: text}. resume: continue `folder` (default: the newest run of this paper and recipe) with the recipe and
+    overrides it was started with; finished steps are skipped as long as their parameters, code, data and inputs are the same.
+    from_step: run this step and the later ones again; the earlier ones must be finished. Raises before any kernel starts for
+    everything that can be known then (SettingsError, RunError); StepFailed if a step fails.
+    """
+    folder, recipe, overrides = _settle(paper, recipe, dict(overrides or {}), folder, resume or from_step is not None)
+    planned = papers.plan(paper, recipe, overrides)
+    forced = _forced(planned, from_step)
+    facts = {"recipe": recipe, "overrides": overrides, "command": shlex.join(["lab", *sys.argv[1:]])}
+    run = runs.Run.open(folder, paper, **facts)
+    try:
+        _check_earlier(run, planned, forced)
+        with _belongs_to(run), kernels.server():
+            live = Live(f"{paper} {recipe}", planned, _history(paper, recipe), show)
+            for step in planned:
+                _run_step(run, step, step.step in forced, live)
+    finally:
+        run.close()
+    return run.folder
+
+
+def _settle(
+    paper: str, recipe: str | None, overrides: dict[str, str], folder: Path | None, resume: bool
+) -> tuple[Path, str, dict[str, str]]:
+    """(folder, recipe, overrides) after what a resumed run was started with; RunError where folder and wish disagree."""
+    papers.folder(paper)
+    if resume and folder is None:
+        folder = runs.latest(paper, recipe)
+    folder = (folder or runs.new_folder(paper)).resolve()
+    if not (folder / runs.MANIFEST).exists():
+        return folder, recipe or "toy", overrides
+    if not resume:
+        raise RunError(f"{folder} already holds a run; continue it with --resume, or choose another folder.")
+    held = read_json(folder / runs.MANIFEST)
+    if held.get("paper") != paper or (recipe and held.get("recipe") not in (recipe, None)):
+        raise RunError(f"{folder} holds a run of {held.get('paper')} {held.get('recipe')}; it cannot go on as {paper} {recipe or ''}.")
+    return folder, recipe or held.get("recipe") or "toy", {**held.get("overrides", {}), **overrides}
+
+
+def _forced(planned: list[papers.Planned], from_step: str | None) -> set[str]:
+    names = [step.step for step in planned]
+    if from_step is None:
+        return set()
+    if from_step not in names:
+        raise unknown("step", from_step, names)
+    return set(names[names.index(from_step) :])
+
+
+def _check_earlier(run: runs.Run, planned: list[papers.Planned], forced: set[str]) -> None:
+    if not forced:
+        return
+    for step in planned:
+        if step.step not in forced and run.step(step.step) is None:
+            raise RunError(f"Step {step.step!r} of {run.folder} has not finished: continue with --resume and without --from.")
+
+
+@contextlib.contextmanager
+def _belongs_to(run: runs.Run) -> Iterator[None]:
+    """Kernels started within belong to `run`: they may write into it although it is locked."""
+    os.environ["LAB_RUN"] = str(run.folder)
+    os.environ["LAB_PROGRESS"] = str(run.folder / ".progress.json")
+    try:
+        yield
+    finally:
+        (run.folder / ".progress.json").unlink(missing_ok=True)
+        del os.environ["LAB_RUN"], os.environ["LAB_PROGRESS"]
+
+
+def _run_step(run: runs.Run, planned: papers.Planned, forced: bool, live: "Live") -> None:
+    from lab.notebooks import execute
+
+    name = planned.step
+    mark, _ = fingerprint(planned.spec, planned.values, run.folder)
+    record = run.step(name)
+    if record is not None and not forced and record.unchanged(mark):
+        live.skip(name)
+        return
+    token = record.info["token"] if record is not None else None
+    output = make_folder(run.folder / "notebooks") / f"{name}.ipynb"
+    manager = kernels.manager_class(output.with_suffix(".log"))
+    with live.step(name):
+        try:
+            execute(planned.spec.path, output, {**planned.given, "run": str(run.folder)}, live.cell, manager)
+        except LabError as error:
+            _failed(run, name, error)
+    record = run.step(name)
+    if record is None or record.info["token"] == token:
+        _failed(run, name, RunError(f"{planned.spec.notebook} ended without step.finish()."))
+    run.record(**{name: {"wall_s": round(live.seconds(name), 2)}})
+
+
+def _failed(run: runs.Run, name: str, error: LabError) -> None:
+    run.record(**{name: {"status": "failed", "error": str(error)}})
+    command = f"lab run {run.manifest['paper']} --run {run.folder} --resume"
+    raise StepFailed(f"Step {name} failed: {error}\nEverything before it is kept; go on with: {command}") from error
+
+
+def _history(paper: str, recipe: str) -> dict[str, float]:
+    """{step: wall seconds} of the newest finished run of this recipe."""
+    found = sorted(runs.provenance.outputs().glob(f"{paper}/*/{runs.MANIFEST}"), key=lambda path: -path.stat().st_mtime)
+    for path in found:
+        with contextlib.suppress(RunError):
+            manifest = read_json(path)
+            times = {name: facts.get("wall_s") for name, facts in manifest["steps"].items()}
+            if manifest.get("recipe") == recipe and times and all(times.values()):
+                return times
+    return {}
+
+
+class Live:
+    """The line that says where a run is: step, cell, the loop inside it, the time left in the step and in all."""
+
+    def __init__(self, title: str, planned: list[papers.Planned], history: dict[str, float], show: Display | None = None) -> None:
+        self.title, self.names, self.history = title, [step.step for step in planned], history
+        self.display = show or (Terminal() if sys.stderr.isatty() else Display())
+        self._cells, self._began = (0, 1), time.monotonic()
+        self._wall: dict[str, float] = {}
+        self._skipped: set[str] = set()
+
+    def cell(self, done: int, total: int) -> None:
+        """`done` code cells of `total` have run."""
+        self._cells = (done, total)
+
+    def skip(self, name: str) -> None:
+        """A finished step stays as it is."""
+        self._skipped.add(name)
+        self.display.end(f"{self._head(name)} · unchanged, skipped")
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Keeps the line up to date while the step runs, and leaves one line behind."""
+        self._cells, self._began = (0, 1), time.monotonic()
+        stop = threading.Event()
+        thread = threading.Thread(target=self._watch, args=(name, stop), daemon=True)
+        thread.start()
+        ended = "failed after"
+        try:
+            yield
+            ended = "done in"
+        finally:
+            self._wall[name] = time.monotonic() - self._began
+            stop.set()
+            thread.join()
+            self.display.end(f"{self._head(name)} · {ended} {clock(self._wall[name])}{self._left_in_all(name, 0.0)}")
+
+    def seconds(self, name: str) -> float:
+        """Wall time of a step that has run."""
+        return self._wall[name]
+
+    def _head(self, name: str) -> str:
+        return f"{self.title} · {name} {self.names.index(name) + 1}/{len(self.names)}"
+
+    def _watch(self, name: str, stop: threading.Event) -> None:
+        while not stop.wait(0.25):
+            if self.display.draw_due():
+                self.display.draw(self.text(name))
+
+    def text(self, name: str) -> str:
+        """The line for a step that is running."""
+        inner, left = _inner()
+        spent = time.monotonic() - self._began
+        known = self.history.get(name)
+        left = max(left or 0.0, known - spent if known else 0.0)
+        parts = [
+            self._head(name),
+            f"cell {self._cells[0] + 1}/{self._cells[1]}",
+            inner,
+            f"{clock(left)} left" if left > 0 else clock(spent),
+        ]
+        return " · ".join(part for part in parts if part) + self._left_in_all(name, left)
+
+    def _left_in_all(self, name: str, left: float) -> str:
+        """Time left with the steps to come: as long as last time, or as the steps so far on average."""
+        to_come = [later for later in self.names[self.names.index(name) + 1 :] if later not in self._skipped]
+        past = list(self._wall.values())
+        mean = sum(past) / len(past) if past else None
+        guesses = [self.history.get(later, mean) for later in to_come]
+        if not to_come or any(guess is None for guess in guesses):
+            return ""
+        return f" · about {clock(left + sum(guesses))} left in all"  # type: ignore[arg-type]
+
+
+def _inner() -> tuple[str, float | None]:
+    """The loop inside the running cell: its text, and its seconds left if known."""
+    try:
+        state = read_json(Path(os.environ["LAB_PROGRESS"]))
+    except (RunError, KeyError):
+        return "", None
+    count = f"{state['done']}/{state['total']}" if state["total"] else str(state["done"])
+    return f"{state['label']} {count}" + (f" {state['note']}" if state["note"] else ""), state["left_s"]
