@@ -5,7 +5,7 @@
 
 import logging
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
@@ -124,6 +124,11 @@ def load(
         model.backbone.to(DTYPES[dtype])
     log.info("Loaded %s as method %s.", name, model.method)
     return model.to(target).eval()
+
+
+def generate(model: LatentModel | str | Path, questions: Sequence[Any], samples: int = 1, **options: Any) -> Any:
+    """`samples` answers to each question by a model, or by what `load` finds under a name; see `LatentModel.generate`."""
+    return (model if isinstance(model, LatentModel) else load(model)).generate(questions, samples, **options)
 
 
 def recognise(files: FolderFiles, method: str = "") -> tuple[Recogniser, Layout]:
