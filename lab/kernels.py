@@ -184,7 +184,7 @@ def _kernel(request: dict[str, Any]) -> None:
         os.chdir(request["cwd"])
         os.environ.clear()
         os.environ.update(request["env"], MPLBACKEND=INLINE, JPY_PARENT_PID=str(os.getppid()))
-        _fresh_randomness()
+        _settle_torch_and_draws()
         arguments = request["argv"]
         sys.argv = ["ipykernel_launcher", *arguments[arguments.index("-f") :]]
         sys.path[0] = ""
@@ -204,11 +204,15 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _fresh_randomness() -> None:
+def _settle_torch_and_draws() -> None:
+    """Threads as the environment asks (torch has read it long ago), and draws that no other kernel shares."""
     import random
 
     import numpy
+    import torch
 
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))
     random.seed()
     numpy.random.seed()
 

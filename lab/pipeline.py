@@ -1,6 +1,7 @@
 """One recipe, from its plan to a finished run folder: what `lab run` does."""
 
 import contextlib
+import importlib.util
 import logging
 import os
 import shlex
@@ -9,12 +10,14 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from lab import kernels, papers, runs
 from lab.errors import LabError, RunError, unknown
 from lab.files import make_folder, read_json
 from lab.progress import Display, Terminal, clock
 from lab.records import fingerprint
+from lab.tables import number_text
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +91,31 @@ def _check_earlier(run: runs.Run, planned: list[papers.Planned], forced: set[str
     for step in planned:
         if step.step not in forced and run.step(step.step) is None:
             raise RunError(f"Step {step.step!r} of {run.folder} has not finished: continue with --resume and without --from.")
+
+
+def describe(paper: str, recipe: str, overrides: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What `run_recipe` would do: steps with their settings, and what the method's own plan adds, touching no weights.
+
+    A method adds `lab/methods/<key>/plan.py` with `describe(settings) -> dict` (parameter counts, optimizer steps); `settings` is
+    {step: values}.
+    """
+    planned = papers.plan(paper, recipe, overrides or {})
+    steps = [{"step": p.step, "notebook": p.spec.notebook, "needs": p.spec.needs, "given": p.given, "values": p.values} for p in planned]
+    found = importlib.util.find_spec(f"lab.methods.{paper}.plan") if importlib.util.find_spec(f"lab.methods.{paper}") else None
+    details = importlib.import_module(found.name).describe({p.step: p.values for p in planned}) if found else {}
+    return {"paper": paper, "recipe": recipe, "title": papers.pipeline(paper).title, "steps": steps, "details": details}
+
+
+def describe_text(described: Mapping[str, Any]) -> str:
+    """`describe`'s answer for a terminal: a star marks values that differ from the notebook's default."""
+    lines = [f"{described['title']} · {described['recipe']}"]
+    for number, step in enumerate(described["steps"], 1):
+        needs = f" after {', '.join(step['needs'])}" if step["needs"] else ""
+        lines.append(f"\n{number}. {step['step']} ({step['notebook']}){needs}")
+        lines += [f"   {'*' if name in step['given'] else ' '} {name} = {value!r}" for name, value in step["values"].items()]
+    if described["details"]:
+        lines += ["", *(f"{name}: {number_text(value)}" for name, value in described["details"].items())]
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager

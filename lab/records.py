@@ -74,3 +74,9 @@ def _token(folder: Path) -> str | None:
 def _notebook_code(path: Path) -> str:
     cells = [cell for cell in read_json(path)["cells"] if cell["cell_type"] == "code"]
     return digest(["".join(cell["source"]) for cell in cells if "parameters" not in cell["metadata"].get("tags", [])])
+
+
+def results_of(run: Path) -> dict[str, dict[str, Any]]:
+    """{step: headline} of a run folder's finished steps, in the order they finished."""
+    records = sorted((StepRecord(path.parent) for path in run.glob(f"[!.]*/{STEP}")), key=lambda record: record.info["finished"])
+    return {record.name: record.results for record in records}

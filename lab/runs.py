@@ -22,7 +22,7 @@ from typing import Any
 
 from lab import provenance
 from lab.errors import RunError, SettingsError, unknown
-from lab.files import append_line, lock, make_folder, plain, read_json, write_bytes, write_json, write_text, writing
+from lab.files import append_line, file_digest, lock, make_folder, plain, read_json, write_bytes, write_json, write_text, writing
 from lab.records import METRICS, RESULTS, STEP, StepRecord, fingerprint
 
 log = logging.getLogger(__name__)
@@ -305,8 +305,8 @@ class Step:
         return folder / f"{name}.svg"
 
     def save_view(self, view: Any, name: str) -> Path:
-        """Keeps a view's HTML (an object with `to_html()`, or text) as views/<name>.html; the report shows it inline."""
-        html = view if isinstance(view, str) else view.to_html()
+        """Keeps a view's HTML (an object with `html()`, or text) as views/<name>.html; the report shows it inline."""
+        html = view if isinstance(view, str) else view.html()
         return write_text(self.folder / "views" / f"{name}.html", html)
 
     def trace(self, trace: Any, name: str = "trace") -> Path:
@@ -323,6 +323,7 @@ class Step:
         write_json(self.folder / RESULTS, headline)
         done = {"status": "done", "finished": _now(), "seconds": round(self.seconds, 2), "token": uuid.uuid4().hex}
         self.info |= done | {"code": provenance.imported_code(), "peak_memory_mib": provenance.peak_memory_mib()}
+        self.info["files"] = self._files()
         write_json(self.folder / STEP, self.info)
         final = self.run.folder / self.name
         _put_in_place(self.folder, final)
@@ -330,6 +331,10 @@ class Step:
         self.run.record()
         self.close()
         return final
+
+    def _files(self) -> dict[str, str]:
+        paths = [path for path in sorted(self.folder.rglob("*")) if path.is_file() and path != self.folder / STEP]
+        return {str(path.relative_to(self.folder)): file_digest(path) for path in paths}
 
     @property
     def seconds(self) -> float:

@@ -1,0 +1,179 @@
+"""Looking twice: are a run's files as written, does a run repeat itself, is this machine fit to run anything."""
+
+import importlib.metadata
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lab import papers, pipeline, provenance
+from lab.errors import RunError
+from lab.files import file_digest, make_folder
+from lab.records import results_of
+from lab.runs import open_run
+from lab.tables import Row, arms, table_text
+
+FREE_GIB = 2.0  # below this the doctor complains
+
+
+def verify(folder: Path) -> list[str]:
+    """What is wrong with a run folder's finished steps: files that are missing or not as the step wrote them; [] if all is well."""
+    problems = []
+    for record in open_run(folder).steps():
+        for name, known in record.info["files"].items():
+            path = record.folder / name
+            if not path.is_file():
+                problems.append(f"{record.name}/{name} is missing")
+            elif file_digest(path) != known:
+                problems.append(f"{record.name}/{name} has changed")
+    return problems
+
+
+@dataclass
+class Comparison:
+    """Two runs of the same recipe: where their headlines differ."""
+
+    first: Path
+    second: Path
+    compared: int
+    differences: list[Row]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"first": str(self.first), "second": str(self.second), "compared": self.compared, "differences": self.differences}
+
+    def text(self) -> str:
+        """One sentence, and the table of differences if there are any."""
+        if not self.differences:
+            return f"{self.second} repeats {self.first}: all {self.compared} results are equal."
+        return f"{table_text(self.differences)}\n\n{len(self.differences)} of {self.compared} results differ between {self.first} and {self.second}."
+
+
+def rerun(folder: Path, tolerance: float = 1e-6) -> Comparison:
+    """Runs what `folder` recorded again, in a new folder, and compares every number of the headlines.
+
+    Results that measure time (names ending in `_s` or containing `seconds`) are left out. RunError if the code is another commit's.
+    """
+    manifest = open_run(folder).manifest
+    here = provenance.commit()
+    if manifest["git"]["commit"] != here["commit"]:
+        raise RunError(f"{folder} was made by commit {manifest['git']['commit']}; check that out first (this is {here['commit']}).")
+    if manifest.get("recipe") is None:
+        raise RunError(f"{folder} was not made by `lab run`; there is no recipe to run again.")
+    second = pipeline.run_recipe(manifest["paper"], manifest["recipe"], manifest.get("overrides", {}))
+    return compare(folder, second, tolerance)
+
+
+def compare(first: Path, second: Path, tolerance: float) -> Comparison:
+    """Every result of two run folders side by side; numbers within relative `tolerance` are equal."""
+    ours, theirs = _flat(first), _flat(second)
+    names = [name for name in {**ours, **theirs} if not (name[2].endswith("_s") or "seconds" in name[2])]
+    differing = [name for name in names if not _equal(ours.get(name), theirs.get(name), tolerance)]
+    rows = [{"step": n[0], "arm": n[1], "result": n[2], "first": ours.get(n), "second": theirs.get(n)} for n in differing]
+    return Comparison(first, second, len(names), rows)
+
+
+def _flat(folder: Path) -> dict[tuple[str, str, str], Any]:
+    headlines = results_of(folder)
+    return {(step, arm, name): v for step, head in headlines.items() for arm, row in arms(head).items() for name, v in row.items()}
+
+
+def _equal(one: Any, two: Any, tolerance: float) -> bool:
+    if isinstance(one, int | float) and isinstance(two, int | float):
+        return math.isclose(one, two, rel_tol=tolerance, abs_tol=tolerance)
+    return one == two
+
+
+def doctor() -> list[dict[str, Any]]:
+    """One {"name", "ok", "needed", "found", "advice"} for everything a run depends on; `needed` where nothing works without it."""
+    checks: list[tuple[str, bool, Callable[[], tuple[bool, str]], str]] = [
+        ("python", True, _python, "Install Python 3.11, 3.12 or 3.13 and make a new environment."),
+        ("packages", True, _packages, "Install them: pip install -c constraints.txt -e .[test]"),
+        ("torch", True, _torch, "Install a torch build for this driver: see https://pytorch.org/get-started/locally"),
+        ("kernel", True, _kernel, "Register one: python -m ipykernel install --sys-prefix"),
+        ("papers", True, _papers, "Run inside a checkout, or set LAB_HOME to one."),
+        ("outputs", True, _outputs, "Set LAB_OUTPUTS to a folder you may write to."),
+        ("disk", False, _disk, "Free some space, or set LAB_OUTPUTS to another disk."),
+        ("hub", False, _hub, "For gated models: hf auth login. Toy recipes need no hub."),
+        ("browser", False, _browser, "Only the browser tests need it: apt-get install chromium, or playwright install chromium."),
+    ]
+    return [_check(*check) for check in checks]
+
+
+def _check(name: str, needed: bool, look: Callable[[], tuple[bool, str]], advice: str) -> dict[str, Any]:
+    try:
+        ok, found = look()
+    except (OSError, ImportError, RuntimeError, RunError, ValueError) as error:
+        ok, found = False, f"{type(error).__name__}: {error}"
+    return {"name": name, "ok": ok, "needed": needed, "found": found, "advice": advice}
+
+
+def _python() -> tuple[bool, str]:
+    return (3, 11) <= sys.version_info[:2] < (3, 14), f"{sys.version.split()[0]} at {sys.executable}"
+
+
+def _packages() -> tuple[bool, str]:
+    from packaging.requirements import Requirement
+
+    wrong = []
+    for text in importlib.metadata.requires("lab") or []:
+        requirement = Requirement(text)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            version = "absent"
+        if version == "absent" or not requirement.specifier.contains(version.partition("+")[0]):
+            wrong.append(f"{requirement.name} {version} (wanted {requirement.specifier})")
+    return not wrong, ", ".join(wrong) or "as required"
+
+
+def _torch() -> tuple[bool, str]:
+    import torch
+
+    driver = shutil.which("nvidia-smi")
+    if torch.cuda.is_available():
+        return True, f"{torch.__version__}, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return driver is None, f"{torch.__version__}, CPU only" + (", although nvidia-smi is there" if driver else "")
+
+
+def _kernel() -> tuple[bool, str]:
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    found = KernelSpecManager().find_kernel_specs()
+    return "python3" in found, found.get("python3", "no kernel named python3")
+
+
+def _papers() -> tuple[bool, str]:
+    return bool(papers.papers()), f"{', '.join(papers.papers()) or 'none'} in {provenance.home()}"
+
+
+def _outputs() -> tuple[bool, str]:
+    folder = make_folder(provenance.outputs())
+    return os.access(folder, os.W_OK), str(folder)
+
+
+def _disk() -> tuple[bool, str]:
+    free = shutil.disk_usage(make_folder(provenance.outputs())).free / 2**30
+    return free >= FREE_GIB, f"{free:.1f} GiB free for outputs"
+
+
+def _hub() -> tuple[bool, str]:
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        return True, "offline mode (HF_HUB_OFFLINE)"
+    return get_token() is not None, "a token is set" if get_token() else "no token"
+
+
+def _browser() -> tuple[bool, str]:
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        return False, "none found"
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20)
+    return done.returncode == 0, done.stdout.strip() or path
