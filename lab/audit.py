@@ -50,18 +50,21 @@ class Comparison:
         """One sentence, and the table of differences if there are any."""
         if not self.differences:
             return f"{self.second} repeats {self.first}: all {self.compared} results are equal."
-        return f"{table_text(self.differences)}\n\n{len(self.differences)} of {self.compared} results differ between {self.first} and {self.second}."
+        count = f"{len(self.differences)} of {self.compared} results differ between {self.first} and {self.second}."
+        return f"{table_text(self.differences)}\n\n{count}"
 
 
 def rerun(folder: Path, tolerance: float = 1e-6) -> Comparison:
     """Runs what `folder` recorded again, in a new folder, and compares every number of the headlines.
 
-    Results that measure time (names ending in `_s` or containing `seconds`) are left out. RunError if the code is another commit's.
+    Results that measure time (names ending in `_s` or containing `seconds`) are left out. RunError if its code has changed since.
     """
-    manifest = open_run(folder).manifest
-    here = provenance.commit()
-    if manifest["git"]["commit"] != here["commit"]:
-        raise RunError(f"{folder} was made by commit {manifest['git']['commit']}; check that out first (this is {here['commit']}).")
+    run = open_run(folder)
+    manifest = run.manifest
+    for record in run.steps():
+        if changed := provenance.changed_code(record.info["code"]):
+            made = (manifest["git"]["commit"] or "an unknown commit")[:12]
+            raise RunError(f"lab/{changed[0]} has changed since {folder} was made; check out {made} to run it again.")
     if manifest.get("recipe") is None:
         raise RunError(f"{folder} was not made by `lab run`; there is no recipe to run again.")
     second = pipeline.run_recipe(manifest["paper"], manifest["recipe"], manifest.get("overrides", {}))

@@ -113,7 +113,7 @@ def verify(runs: Runs, as_json: AsJson = False) -> None:
     from lab.audit import verify as check
 
     found = {str(folder): check(folder) for folder in runs}
-    lines = [f"{folder}: {'; '.join(problems) or 'as written'}" for folder, problems in found.items()]
+    lines = [f"{folder}: {'; '.join(problems) or 'all finished steps are as written'}" for folder, problems in found.items()]
     _show(found, "\n".join(lines), as_json)
     if any(found.values()):
         raise typer.Exit(1)
@@ -140,11 +140,7 @@ def doctor(as_json: AsJson = False) -> None:
     from lab.audit import doctor as examine
 
     checks = examine()
-    lines = [
-        f"{'ok ' if check['ok'] else 'NO '} {check['name']:10} {check['found']}{'' if check['ok'] else ' -> ' + check['advice']}"
-        for check in checks
-    ]
-    _show(checks, "\n".join(lines), as_json)
+    _show(checks, "\n".join(_check_line(check) for check in checks), as_json)
     if any(not check["ok"] and check["needed"] for check in checks):
         raise typer.Exit(1)
 

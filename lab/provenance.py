@@ -91,6 +91,6 @@ def imported_code() -> dict[str, str]:
     return {name: file_digest(_SOURCE / name) for name in sorted(names - _PLUMBING)}
 
 
-def code_unchanged(recorded: dict[str, str]) -> bool:
-    """Whether every file of an earlier `imported_code()` is still the same."""
-    return all((_SOURCE / name).is_file() and file_digest(_SOURCE / name) == known for name, known in recorded.items())
+def changed_code(recorded: dict[str, str]) -> list[str]:
+    """The files of an earlier `imported_code()` that are not the same any more."""
+    return [name for name, known in recorded.items() if not (_SOURCE / name).is_file() or file_digest(_SOURCE / name) != known]

@@ -40,7 +40,7 @@ class StepRecord:
 
     def unchanged(self, fingerprint: str) -> bool:
         """Whether running the step again would do the same: same parameters, notebook, data, inputs and code."""
-        return self.info["fingerprint"] == fingerprint and provenance.code_unchanged(self.info["code"])
+        return self.info["fingerprint"] == fingerprint and not provenance.changed_code(self.info["code"])
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -257,7 +257,7 @@ class Step:
         if not (self.folder / STEP).exists():
             return False
         info = read_json(self.folder / STEP)
-        return info["fingerprint"] == mark and provenance.code_unchanged(info["code"])
+        return info["fingerprint"] == mark and not provenance.changed_code(info["code"])
 
     def input(self, step: str) -> Path:
         """The folder of an earlier step of this run; RunError with the command that makes it if it has not finished."""
