@@ -143,7 +143,7 @@ def read_prompt(decoder, prompt: Prompt, dropout: Callable | None = None):
 
 
 def _worth_sharing(prompt: Prompt, n: int) -> bool:
-    return n > 1 and n * prompt.x.shape[1] >= 128
+    return n > 1 and n * prompt.x.numel() >= 300_000
 
 
 @dataclass
@@ -173,7 +173,7 @@ class _Loop:
         self.notes = _Notes((*keep, "token"))
         index = torch.arange(count, device=h.device)
         self.rows = Rows(index, h, pos, zeros + int(policy.start), zeros, zeros, zeros, draws, self.notes)
-        self.total, self.steps, self.row_steps = count, 0, 0
+        self.total, self.steps, self.row_steps, self.answered = count, 0, 0, False
         self.counts, self.lengths, self.finish = zeros.clone(), zeros.clone(), zeros.clone()
         self.capped = torch.zeros(count, dtype=torch.bool, device=h.device)
         policy.begin(self.rows)
@@ -191,33 +191,39 @@ class _Loop:
 
     def _inputs(self) -> Tensor:
         """The next input (R, D) of every row; phases and counts move on."""
-        x = torch.empty_like(self.rows.h)
-        self._in(Phase.THINK, self._halt, None)
-        thinking, closing = self.rows.phase == Phase.THINK, self.rows.phase == Phase.CLOSE
-        self._in(Phase.ANSWER, self._answer, x)
-        self._in_rows(closing, self._close, x)
-        self._in_rows(thinking, self._think, x)
+        phases = self.rows.phase.tolist()
+        if Phase.THINK in phases:
+            self._at(phases, Phase.THINK, self._halt)
+            phases = self.rows.phase.tolist()
+        self.answered = Phase.ANSWER in phases
+        acts = ((Phase.ANSWER, self._answer), (Phase.CLOSE, self._close), (Phase.THINK, self._think))
+        fed = [(at, x) for phase, act in acts for at, x in self._at(phases, phase, act)]
+        if len(fed) == 1 and isinstance(fed[0][0], slice):
+            return fed[0][1]
+        x = torch.zeros_like(self.rows.h)
+        for at, values in fed:
+            x[at] = values
         return x
 
-    def _in(self, phase: Phase, act: Callable, x: Tensor | None) -> None:
-        self._in_rows(self.rows.phase == phase, act, x)
-
-    def _in_rows(self, mask: Tensor, act: Callable, x: Tensor | None) -> None:
-        picked = mask.nonzero()[:, 0]
-        if len(picked) == 0:
-            return
-        everyone = len(picked) == len(mask)
-        fed = act(self.rows if everyone else self.rows.select(picked), slice(None) if everyone else picked)
-        if x is not None:
-            x[picked] = fed
+    def _at(self, phases: list[int], phase: Phase, act: Callable) -> list[tuple[slice | Tensor, Tensor]]:
+        """Runs `act` on the rows in `phase`: nothing, or one pair of their places and the inputs it returns."""
+        if phase not in phases:
+            return []
+        picked = [place for place, other in enumerate(phases) if other == phase]
+        if len(picked) == len(phases):
+            return [(slice(None), act(self.rows, slice(None)))]
+        at = torch.tensor(picked, device=self.rows.index.device)
+        return [(at, act(self.rows.select(at), at))]
 
     def _halt(self, rows: Rows, at) -> None:
-        capped = rows.thoughts >= self.budget.thoughts
-        halting = self.policy.halt(rows)
-        self.capped[rows.index] |= capped if halting is None else capped & ~halting
-        stop = capped if halting is None else capped | halting
-        after = Phase.CLOSE if self.policy.closing else Phase.ANSWER
-        self._move(at, torch.where(stop, int(after), int(Phase.THINK)))
+        stop = self.policy.halt(rows)
+        if self.steps >= self.budget.thoughts:
+            capped = rows.thoughts >= self.budget.thoughts
+            self.capped[rows.index] |= capped if stop is None else capped & ~stop
+            stop = capped if stop is None else capped | stop
+        if stop is not None:
+            after = Phase.CLOSE if self.policy.closing else Phase.ANSWER
+            self._move(at, torch.where(stop, int(after), int(Phase.THINK)))
 
     def _think(self, rows: Rows, at) -> Tensor:
         x = self.policy.thought(rows)
@@ -238,30 +244,31 @@ class _Loop:
         rows.note("token", torch.where(stopped, -1, token))
         x, said = self.policy.read(token, rows), rows.said + 1
         full = said >= self.budget.answer
-        self.lengths[rows.index] = said - stopped.long()
-        self.finish[rows.index] = (full & ~stopped).long()
+        self.lengths[rows.index], self.finish[rows.index] = said - stopped.long(), (full & ~stopped).long()
         self._count("said", at)
         self._move(at, torch.where(stopped | full, int(Phase.DONE), int(Phase.ANSWER)))
         return x
 
     def _move(self, at, phase: Tensor) -> None:
-        phases = self.rows.phase.clone()
-        phases[at] = phase
-        self.rows.phase = phases
+        self.rows.phase = phase if isinstance(at, slice) else self.rows.phase.index_copy(0, at, phase)
 
     def _count(self, name: str, at) -> None:
-        changed = getattr(self.rows, name).clone()
-        changed[at] += 1
-        setattr(self.rows, name, changed)
+        counts = getattr(self.rows, name)
+        more = counts + 1
+        if not isinstance(at, slice):
+            more = counts.index_copy(0, at, more[at])
+        setattr(self.rows, name, more)
 
     def _leave(self, x: Tensor) -> Tensor | None:
         """Cuts finished rows off once enough of them have finished; None when all have."""
+        if not self.answered:
+            return x
         done = self.rows.phase == Phase.DONE
         finished = int(done.sum())
-        self.counts[self.rows.index] = self.rows.thoughts
-        if finished == len(done):
-            return None
-        if finished and finished >= self.compact * len(done):
+        if finished and (finished == len(done) or finished >= self.compact * len(done)):
+            self.counts[self.rows.index] = self.rows.thoughts
+            if finished == len(done):
+                return None
             live = (~done).nonzero()[:, 0]
             self.kv, self.rows, x = self.kv.select(live), self.rows.select(live), x[live]
         return x

@@ -4,9 +4,9 @@ A policy sees `Rows`: the rows that are in the same phase now, with the last hid
 phases, caps, the cache and the records. Axes: R rows, D width, V vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,14 @@ class Phase(IntEnum):
     CLOSE = 1
     ANSWER = 2
     DONE = 3
+
+
+class Notebook(Protocol):
+    """Receives what policies note; `names` are the ones that are kept."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, name: str, index: Tensor, column: Tensor, values: Tensor) -> None: ...
 
 
 @dataclass
@@ -45,7 +53,7 @@ class Rows:
     closed: Tensor
     said: Tensor
     draws: Draws | None = None
-    write: Callable[[str, Tensor, Tensor, Tensor], None] | None = None
+    write: Notebook | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -56,13 +64,17 @@ class Rows:
         draws = None if self.draws is None else self.draws.select(rows)
         return Rows(*picked, draws, self.write)
 
+    def wants(self, name: str) -> bool:
+        """Whether a note of this name is kept, so that nothing is computed for the bin."""
+        return self.write is not None and name in self.write.names
+
     def note(self, name: str, values: Tensor, column: Tensor | None = None) -> None:
         """Records `values` (R, …) under `name`, at each row's own count of thoughts or tokens.
 
         Args:
             column: (R,) where to put them; None = thoughts made so far while thinking, tokens said so far otherwise.
         """
-        if self.write is not None:
+        if self.wants(name):
             place = torch.where(self.phase == Phase.THINK, self.thoughts, self.said) if column is None else column
             self.write(name, self.index, place, values)
 
@@ -112,6 +124,8 @@ class Policy:
 
     def say(self, rows: Rows) -> Tensor:
         """(R,) the next token of answering rows; notes `logprob` when anyone records."""
+        if self.sampling.greedy and not rows.wants("logprob"):
+            return self.logits(rows).argmax(-1)
         uniform = None if self.sampling.greedy else rows.draws.uniform(rows.said, Stream.TOKEN)
         token, logprob = draw(self.logits(rows), self.sampling, uniform)
         rows.note("logprob", logprob)
@@ -123,7 +137,7 @@ class Policy:
 
     def stopped(self, token: Tensor, rows: Rows) -> Tensor:
         """(R,) bool: which answers end with this token."""
-        return torch.isin(token, self.stop_ids)
+        return token == self.stop_ids if len(self.stops) == 1 else torch.isin(token, self.stop_ids)
 
 
 class Counted(Policy):

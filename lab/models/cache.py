@@ -167,27 +167,32 @@ class SharedPrompt:
         home[order] = group[order] * widest + place
         return SharedPrompt(keys, values, bias, group, table, home)
 
-    def attend(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Unnormalised attention of scaled queries (R, H_kv, m, head): values, sums and maxima per row."""
+    def attend(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of queries (R, H_kv, m, head) over the prompts: values and log-sum-exp (R, H_kv, m) of their scores."""
         rows, heads, m, width = q.shape
         q = q.view(self.groups, -1, heads, m, width) if self.table is None else q[self.table]
         wide = q.transpose(1, 2).reshape(self.groups, heads, -1, width)
-        scores = wide @ self.keys[layer].transpose(2, 3)
-        value, total, top = partial_attention(scores, self.values[layer], self.bias)
-        return tuple(self._to_rows(x, heads, m) for x in (value, total, top))
+        value, weight = attention_part(wide, self.keys[layer], self.values[layer], self.bias)
+        return self._to_rows(value, heads, m), self._to_rows(weight[..., None], heads, m)[..., 0]
 
     def _to_rows(self, x: Tensor, heads: int, m: int) -> Tensor:
         x = x.view(self.groups, heads, -1, m, x.shape[-1]).transpose(1, 2).reshape(-1, heads, m, x.shape[-1])
         return x if self.home is None else x.index_select(0, self.home)
 
 
-def partial_attention(scores: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention over a part of the slots, to be merged with another part: weighted values, their weight and the maximum score."""
-    if bias is not None:
-        scores = scores + bias.to(scores.dtype)
-    top = scores.amax(-1, keepdim=True)
-    weights = (scores - top).exp_()
-    return weights @ values, weights.sum(-1, keepdim=True), top
+def attention_part(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention over a part of the slots, to be merged with another part: values and the log-sum-exp of the scores.
+
+    q (R, H, m, head), k and v (R, H, S, head), bias broadcastable to (R, 1, m, S) -> (R, H, m, head), (R, H, m).
+    """
+    if q.device.type == "cpu":
+        bias = None if bias is None else bias.expand(-1, -1, q.shape[2], -1).to(q.dtype)
+        value, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+        return value, weight
+    scores = (q @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5
+    scores = scores if bias is None else scores + bias
+    weight = torch.logsumexp(scores, -1)
+    return (scores - weight[..., None]).exp().to(v.dtype) @ v, weight
 
 
 class SlotKV:
@@ -271,14 +276,12 @@ class SlotKV:
 
     def _attend_both(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
         rows, heads, columns, width = q.shape
-        folded = (q * width**-0.5).reshape(rows, keys.shape[1], -1, width)
         share = heads // keys.shape[1]
-        bias = None if span.bias is None else span.bias.repeat(1, 1, share, 1) if columns > 1 else span.bias
-        value, total, top = partial_attention(folded @ keys.transpose(2, 3), values, bias)
-        shared_value, shared_total, shared_top = self.shared.attend(layer, folded)
-        highest = torch.maximum(top, shared_top)
-        mine, theirs = (top - highest).exp_(), (shared_top - highest).exp_()
-        out = (value * mine + shared_value * theirs) / (total * mine + shared_total * theirs)
+        q = q.reshape(rows, heads // share, share * columns, width)
+        bias = span.bias if span.bias is None or columns == 1 else span.bias.repeat(1, 1, share, 1)
+        mine, my_weight = attention_part(q, keys, values, bias)
+        theirs, their_weight = self.shared.attend(layer, q)
+        out = torch.lerp(theirs, mine, torch.sigmoid(my_weight - their_weight)[..., None].to(mine.dtype))
         return out.view(rows, heads, columns, width).transpose(1, 2).reshape(rows, columns, -1)
 
     def _taking(self, rows: Tensor, capacity: int) -> "SlotKV":

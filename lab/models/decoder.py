@@ -160,7 +160,7 @@ class GPT2Block:
         self.index, self.heads, self.head_dim = index, config.n_head, config.n_embd // config.n_head
         self.norm1, self.norm2 = norm(layer.ln_1), norm(layer.ln_2)
         self.qkv, self.out = affine(attention.c_attn), affine(attention.c_proj)
-        self.up, self.down, self.act = affine(mlp.c_fc), affine(mlp.c_proj), mlp.act
+        self.up, self.down, self.act = affine(mlp.c_fc), affine(mlp.c_proj), activation(config.activation_function, mlp.act)
         self.p_attention, self.p_mlp, self.p_probs = attention.resid_dropout.p, mlp.dropout.p, config.attn_pdrop
 
     def __call__(self, x: Tensor, call: Pass) -> Tensor:
@@ -186,7 +186,7 @@ class LlamaBlock:
         for name in LINEARS:
             module = affine(getattr(attention if name in "qkvo" else mlp, f"{name}_proj"))
             setattr(self, name, gated(module, adapters[name]) if name in adapters else ungated(module))
-        self.act = F.silu if config.hidden_act == "silu" else mlp.act_fn
+        self.act = activation(config.hidden_act, mlp.act_fn)
         self.p_probs = config.attention_dropout
 
     def __call__(self, x: Tensor, call: Pass) -> Tensor:
@@ -241,6 +241,12 @@ def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, eps)
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def activation(name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """One fused call for the usual activations, the model's own module for the rest."""
+    fused = {"silu": F.silu, "gelu_new": partial(F.gelu, approximate="tanh"), "gelu": F.gelu}
+    return fused.get(name, module)
 
 
 def gated(base: Callable, adapter: nn.Module) -> Callable[[Tensor, Gate], Tensor]:
