@@ -111,7 +111,7 @@ def scale_of(teacher: Tensor, how: str) -> Tensor:
 
 
 def distance(student: Tensor, teacher: Tensor, how: str) -> Tensor:
-    """(N,) distance by layer of states (N, R, D): smooth L1 (beta 1) or squared error averaged over rows and width, or mean L2 over rows."""
+    """(N,) distance by layer of states (N, R, D): smooth L1 (beta 1) or squared error over rows and width, or mean L2 over rows."""
     if how == "smooth_l1":
         return F.smooth_l1_loss(student, teacher, reduction="none").mean((1, 2))
     if how == "mse":

@@ -7,9 +7,10 @@ vocabulary head runs where there is something to predict and nowhere else (and n
 Axes: R rows, P prompt columns, T thoughts, A columns after them, n labelled tokens, D width.
 """
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Self
+from dataclasses import dataclass, field, fields
+from typing import Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,44 @@ from torch import Tensor
 from lab.errors import DataError
 from lab.latent.unroll import Block, Unrolled
 
+log = logging.getLogger(__name__)
+
 IGNORE = -100
+T = TypeVar("T")
+
+
+@dataclass
+class Kept(Generic[T]):
+    """Training examples that can be used, with the ids they came from, and the ids of those that were dropped, by reason."""
+
+    rows: list[T] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    dropped: dict[str, list[str]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def add(self, name: str, row: T | None, reason: str = "") -> None:
+        """Keeps `row`, or drops `name` for `reason`."""
+        if reason:
+            self.dropped.setdefault(reason, []).append(name)
+        else:
+            self.rows.append(row)
+            self.ids.append(name)
+
+    def note(self) -> str:
+        """One sentence about what was dropped; "" if nothing was."""
+        total = sum(map(len, self.dropped.values()))
+        parts = "; ".join(f"{len(names)} because {reason} (first: {names[0]})" for reason, names in self.dropped.items())
+        return f"{total} of {total + len(self)} examples were dropped: {parts}." if total else ""
+
+    def checked(self) -> Self:
+        """Itself, with the note logged; DataError if nothing is left."""
+        if not self.rows:
+            raise DataError(f"No example can be used. {self.note()}".strip())
+        if self.dropped:
+            log.warning(self.note())
+        return self
 
 
 @dataclass(frozen=True)
@@ -120,6 +158,12 @@ class Plan:
             parts.append((self.before_labels, before))
         states = [labels.pick(block) for labels, block in parts]
         return (states[0], parts[0][0].ids) if len(parts) == 1 else (torch.cat(states), torch.cat([labels.ids for labels, _ in parts]))
+
+    @property
+    def rows_of_predictions(self) -> Tensor:
+        """(n,) the row each prediction belongs to, in the order of `predictions`."""
+        parts = [self.after_labels.at // self.after.ids.shape[1], self.lead_labels.at, self.prompt_labels.at // self.prompt.ids.shape[1]]
+        return torch.cat((*parts, self.before_labels.at))
 
     def to(self, device) -> Self:
         """The plan on a device; the counts stay where they are."""

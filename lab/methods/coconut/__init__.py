@@ -1,0 +1,1 @@
+"""COCONUT: chain of continuous thought (arXiv 2412.06769), a curriculum that replaces written steps by thoughts stage by stage."""
