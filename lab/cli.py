@@ -79,6 +79,22 @@ def sweep(
 
 
 @app.command()
+def demo(jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Runs at a time; 0: as many as cores, at most 4.")] = 0) -> None:
+    """Run the toy recipe of every paper in papers/demo.yaml, then write one report."""
+    import os
+
+    from lab import provenance, report
+    from lab import sweep as sweeps
+
+    result = sweeps.run_demo(jobs or min(4, os.cpu_count() or 1))
+    done = [folder for name, folder in result.runs.items() if name not in result.failed]
+    page = report.write(done, provenance.outputs() / "demo.html")
+    typer.echo(f"{result.text()}\n\nreport: {page}")
+    if result.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def papers(as_json: AsJson = False) -> None:
     """List papers with their steps and recipes."""
     from lab import papers as shelf

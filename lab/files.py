@@ -86,6 +86,14 @@ def write_json(path: Path, value: Any) -> Path:
     return write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
 
 
+def sketch_json(path: Path, value: Any) -> None:
+    """Puts a passing state at `path`, for others to show: no flush to disk, and a full disk is left for the work itself to report."""
+    with contextlib.suppress(OSError):
+        draft = path.with_name(f"{path.name}.new")
+        draft.write_text(json.dumps(plain(value)))
+        draft.replace(path)
+
+
 def read_json(path: Path) -> Any:
     """What `write_json` stored; RunError naming the file if it is damaged or cannot be read."""
     try:

@@ -14,12 +14,14 @@ from typing import Any
 
 from lab import kernels, papers, runs
 from lab.errors import LabError, RunError, unknown
-from lab.files import make_folder, read_json
+from lab.files import make_folder, read_json, sketch_json
+from lab.pool import LIVE
 from lab.progress import Display, Terminal, clock
 from lab.records import fingerprint
 from lab.tables import number_text
 
 log = logging.getLogger(__name__)
+PROGRESS = ".progress.json"  # where a kernel writes the state of its loop
 
 
 class StepFailed(RunError):
@@ -122,11 +124,12 @@ def describe_text(described: Mapping[str, Any]) -> str:
 def _belongs_to(run: runs.Run) -> Iterator[None]:
     """Kernels started within belong to `run`: they may write into it although it is locked."""
     os.environ["LAB_RUN"] = str(run.folder)
-    os.environ["LAB_PROGRESS"] = str(run.folder / ".progress.json")
+    os.environ["LAB_PROGRESS"] = str(run.folder / PROGRESS)
     try:
         yield
     finally:
-        (run.folder / ".progress.json").unlink(missing_ok=True)
+        for name in (PROGRESS, LIVE):
+            (run.folder / name).unlink(missing_ok=True)
         del os.environ["LAB_RUN"], os.environ["LAB_PROGRESS"]
 
 
@@ -215,9 +218,11 @@ class Live:
         return f"{self.title} · {name} {self.names.index(name) + 1}/{len(self.names)}"
 
     def _watch(self, name: str, stop: threading.Event) -> None:
-        while not stop.wait(0.25):
+        while not stop.wait(0.4):
+            text = self.text(name)
+            sketch_json(Path(os.environ["LAB_PROGRESS"]).with_name(LIVE), {"text": text.removeprefix(f"{self.title} · ")})
             if self.display.draw_due():
-                self.display.draw(self.text(name))
+                self.display.draw(text)
 
     def text(self, name: str) -> str:
         """The line for a step that is running."""

@@ -1,7 +1,6 @@
 """Progress with the time left, for every long loop: one line that is updated in a notebook or terminal, plain lines elsewhere."""
 
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -9,6 +8,8 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+
+from lab.files import sketch_json
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -87,10 +88,7 @@ class Progress:
     def _report(self) -> None:
         if path := os.environ.get("LAB_PROGRESS"):
             state = {"label": self.label, "done": self.done, "total": self.total, "left_s": self.seconds_left, "note": self.note}
-            with contextlib.suppress(OSError):  # a display aid: a full disk is reported by the work itself
-                draft = Path(f"{path}.new")
-                draft.write_text(json.dumps(state))
-                draft.replace(path)
+            sketch_json(Path(path), state)
 
 
 def clock(seconds: float) -> str:

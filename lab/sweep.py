@@ -1,28 +1,21 @@
-"""One recipe over a grid of parameters: a bounded pool with one process per run, and a table with intervals over seeds."""
+"""One recipe over a grid of parameters, and the demo over papers: pools of runs with a table, intervals over seeds, at the end."""
 
 import itertools
 import json
-import logging
-import os
-import queue
-import subprocess
-import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lab import kernels, papers, provenance
-from lab.errors import DeviceError, SettingsError
+from lab import papers, provenance
+from lab.errors import SettingsError
 from lab.files import make_folder, write_json
-from lab.progress import Display, Progress
+from lab.pool import Task, check_devices, run_tasks
+from lab.progress import Display
 from lab.records import results_of
 from lab.tables import rows_of, table_text
 
-log = logging.getLogger(__name__)
 SEEDS = (0, 1, 2, 3, 4)  # where neither the command nor the paper names a grid
 
 
@@ -57,22 +50,36 @@ def run_sweep(
 ) -> SweepResult:
     """Runs every point of the grid and keeps going when one fails; finished points are skipped, broken ones taken up.
 
-    values: {parameter: texts separated by commas}; without any, the paper's sweeps.yaml, else five seeds. devices: CUDA indices,
+    values: {parameter: texts separated by commas}, over the grid of the paper's sweeps.yaml, else five seeds. devices: CUDA indices,
     one slot each (then jobs is their number). Everything is checked before the first run starts: SettingsError, DeviceError.
     """
     grid = _grid(paper, recipe, values or {})
     points = [dict(zip(grid, combination, strict=True)) for combination in itertools.product(*grid.values())]
     for point in points:
         papers.plan(paper, recipe, point)
-    _check_devices(devices or [])
+    check_devices(devices or [])
     folder = make_folder((folder or provenance.outputs() / paper / f"sweep-{recipe}").resolve())
-    result = SweepResult(folder, {point_name(point): folder / point_name(point) for point in points})
-    with kernels.server(), Progress(f"{paper} {recipe}", len(points), show) as shown:
-        _pool(paper, recipe, points, result, devices or [""] * jobs, shown)
-    done = [point for point in points if point_name(point) not in result.failed]
-    result.rows = rows_of((point, results_of(result.runs[point_name(point)])) for point in done)
+    tasks = [Task(point_name(point), paper, recipe, point, folder / point_name(point)) for point in points]
+    failed = run_tasks(f"{paper} {recipe}", tasks, jobs, devices, show)
+    rows = rows_of((task.overrides, results_of(task.folder)) for task in tasks if task.name not in failed)
+    result = SweepResult(folder, {task.name: task.folder for task in tasks}, failed, rows)
     write_json(folder / "sweep.json", result.as_json())
     return result
+
+
+def run_demo(jobs: int, show: Display | None = None) -> SweepResult:
+    """Runs the recipes of `papers/demo.yaml` ({paper: {recipe, seconds}}), each in `outputs/<paper>/demo`; unchanged ones are skipped."""
+    path = provenance.home() / "papers" / "demo.yaml"
+    wanted = papers.read_yaml(path)
+    if not wanted:
+        raise SettingsError(f"{path} lists no paper.")
+    for paper, about in wanted.items():
+        papers.plan(paper, about["recipe"])
+    here = provenance.outputs()
+    tasks = [Task(paper, paper, about["recipe"], {}, here / paper / "demo", about.get("seconds")) for paper, about in wanted.items()]
+    failed = run_tasks("demo", tasks, jobs, show=show)
+    rows = rows_of(({"paper": task.paper}, results_of(task.folder)) for task in tasks if task.name not in failed)
+    return SweepResult(here, {task.name: task.folder for task in tasks}, failed, rows)
 
 
 def point_name(point: dict[str, str]) -> str:
@@ -99,48 +106,3 @@ def _choices(name: str, text: str) -> list[str]:
     if not choices:
         raise SettingsError(f"-p {name}=: no value to go through.")
     return [_text(value) for value in choices]
-
-
-def _check_devices(devices: list[str]) -> None:
-    if not devices:
-        return
-    import torch
-
-    there = [str(index) for index in range(torch.cuda.device_count())]
-    if missing := [device for device in devices if device not in there]:
-        raise DeviceError(f"CUDA device {missing[0]} was asked for; this machine has {', '.join(there) or 'none'}.")
-
-
-def _pool(paper: str, recipe: str, points: list[dict[str, str]], result: SweepResult, slots: list[str], shown: Progress) -> None:
-    free: queue.Queue[str] = queue.Queue()
-    for slot in slots:
-        free.put(slot)
-    threads = str(max(1, (os.cpu_count() or 1) // len(slots)))
-    drawing = threading.Lock()
-
-    def one(point: dict[str, str]) -> None:
-        device = free.get()
-        try:
-            message = _run_point(paper, recipe, point, result.folder, device, threads)
-        finally:
-            free.put(device)
-        with drawing:
-            if message:
-                result.failed[point_name(point)] = message
-            shown.advance(note=f"{point_name(point)} {'failed' if message else 'done'}")
-
-    with ThreadPoolExecutor(len(slots)) as pool:
-        list(pool.map(one, points))
-
-
-def _run_point(paper: str, recipe: str, point: dict[str, str], folder: Path, device: str, threads: str) -> str:
-    """Runs one point in a process of its own; returns "" or what went wrong."""
-    run = folder / point_name(point)
-    chosen = [part for name, value in point.items() for part in ("-p", f"{name}={value}")]
-    lab = [sys.executable, "-m", "lab.cli", "--quiet"]
-    command = [*lab, "run", paper, "--recipe", recipe, "--run", str(run), "--resume", "--json", *chosen]
-    environment = {"OMP_NUM_THREADS": threads, **os.environ, **({"CUDA_VISIBLE_DEVICES": device} if device else {})}
-    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode == 0:
-        return ""
-    return (done.stderr.strip() or f"exit status {done.returncode}").removeprefix("lab: ").splitlines()[0]

@@ -1,0 +1,153 @@
+"""A bounded pool of runs, one process each: a failed run never stops the others, and one line shows them all."""
+
+import contextlib
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab import kernels
+from lab.errors import DeviceError, RunError
+from lab.files import read_json
+from lab.progress import Display, Terminal, clock
+
+LIVE = ".live.json"  # where a run says what it is doing
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run to make: its folder is taken up if it holds an earlier attempt, and left alone where it is finished."""
+
+    name: str
+    paper: str
+    recipe: str
+    overrides: dict[str, str]
+    folder: Path
+    seconds: float | None = None  # how long it may take, if that is known beforehand
+
+
+def run_tasks(
+    title: str, tasks: list[Task], jobs: int = 1, devices: list[str] | None = None, show: Display | None = None
+) -> dict[str, str]:
+    """Runs `tasks`, `jobs` at a time, or one per CUDA device of `devices`; returns {name: what went wrong} of those that failed.
+
+    Every task must have been planned before (see papers.plan): here a bad one fails alone. DeviceError if a device is not there.
+    """
+    check_devices(devices or [])
+    slots = devices or [""] * jobs
+    board = Board(title, tasks, len(slots), show)
+    free: queue.Queue[str] = queue.Queue()
+    for slot in slots:
+        free.put(slot)
+    threads = str(max(1, (os.cpu_count() or 1) // len(slots)))
+
+    def one(task: Task) -> None:
+        device = free.get()
+        try:
+            with board.running(task):
+                board.failed |= _run(task, device, threads)
+        finally:
+            free.put(device)
+
+    with kernels.server(), board, ThreadPoolExecutor(len(slots)) as pool:
+        list(pool.map(one, tasks))
+    return board.failed
+
+
+def check_devices(devices: list[str]) -> None:
+    """DeviceError for a CUDA index this machine does not have."""
+    if not devices:
+        return
+    import torch
+
+    there = [str(index) for index in range(torch.cuda.device_count())]
+    if missing := [device for device in devices if device not in there]:
+        raise DeviceError(f"CUDA device {missing[0]} was asked for; this machine has {', '.join(there) or 'none'}.")
+
+
+def _run(task: Task, device: str, threads: str) -> dict[str, str]:
+    lab = [sys.executable, "-m", "lab.cli", "--quiet", "run", task.paper, "--recipe", task.recipe]
+    chosen = [part for name, value in task.overrides.items() for part in ("-p", f"{name}={value}")]
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, **({"CUDA_VISIBLE_DEVICES": device} if device else {})}
+    command = [*lab, "--run", str(task.folder), "--resume", "--json", *chosen]
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if done.returncode == 0:
+        return {}
+    message = done.stderr.strip() or f"exit status {done.returncode}"
+    return {task.name: message.removeprefix("lab: ").splitlines()[0]}
+
+
+class Board:
+    """The line above a pool: how many are done, what each running one does, and the time left. A context manager."""
+
+    def __init__(self, title: str, tasks: list[Task], slots: int, show: Display | None = None) -> None:
+        self.title, self.tasks, self.slots = title, tasks, slots
+        self.display = show or (Terminal() if sys.stderr.isatty() else Display())
+        self.failed: dict[str, str] = {}
+        self._active: dict[str, float] = {}
+        self._took: dict[str, float] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._drawing = threading.Lock()
+        self._began = time.monotonic()
+
+    def __enter__(self) -> "Board":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.display.end(f"{self.title} · {len(self._took)} of {len(self.tasks)} ended in {clock(time.monotonic() - self._began)}")
+
+    @contextlib.contextmanager
+    def running(self, task: Task):
+        """Counts `task` as running within."""
+        self._active[task.name] = time.monotonic()
+        yield
+        self._took[task.name] = time.monotonic() - self._active.pop(task.name)
+        with self._drawing:
+            ended = "failed after" if task.name in self.failed else "done in"
+            self.display.end(f"{self._count()} · {task.name} {ended} {clock(self._took[task.name])}{self._left_text()}")
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.3):
+            if self.display.draw_due():
+                with self._drawing:
+                    self.display.draw(self.text())
+
+    def text(self) -> str:
+        """The line now."""
+        doing = [_doing(task) for task in self.tasks if task.name in list(self._active)]
+        return " · ".join([self._count() + self._left_text(), *doing])
+
+    def _count(self) -> str:
+        return f"{self.title} {len(self._took)}/{len(self.tasks)}"
+
+    def _left_text(self) -> str:
+        left = self.seconds_left()
+        return "" if left is None else f" · about {clock(left)} left"
+
+    def seconds_left(self) -> float | None:
+        """From the expected times, corrected by how the ended runs compare with theirs; without any, from the mean so far."""
+        expected = {task.name: task.seconds for task in self.tasks if task.seconds}
+        known = [name for name in self._took if name in expected]
+        ratio = sum(self._took[name] for name in known) / sum(expected[name] for name in known) if known else 1.0
+        mean = sum(self._took.values()) / len(self._took) if self._took else None
+        guesses = [expected[task.name] * ratio if task.name in expected else mean for task in self.tasks if task.name not in self._took]
+        if any(guess is None for guess in guesses):
+            return None
+        spent = sum(time.monotonic() - began for began in list(self._active.values()))
+        return max(0.0, sum(guesses) - spent) / self.slots  # type: ignore[arg-type]
+
+
+def _doing(task: Task) -> str:
+    try:
+        return f"{task.name}: {read_json(task.folder / LIVE)['text']}"
+    except RunError:
+        return f"{task.name}: starting"
