@@ -1,0 +1,51 @@
+"""What all tests share: one thread, no network, outputs of their own, and the tier of a test from the folder it lies in."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"})
+TIERS = {"slow": "slow", "browser": "browser", "gpu": "gpu"}
+BENCH = Path(__file__).parent / "fixtures" / "bench"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        if folder in TIERS:
+            item.add_marker(TIERS[folder])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def outputs(tmp_path, monkeypatch):
+    """Runs made by a test go to its own folder."""
+    monkeypatch.setenv("LAB_OUTPUTS", str(tmp_path / "outputs"))
+    return tmp_path / "outputs"
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """A home of its own with the `mini` paper: two steps and an optional one, no model."""
+    home = tmp_path / "home"
+    shutil.copytree(BENCH, home)
+    monkeypatch.setenv("LAB_HOME", str(home))
+    return home
+
+
+@pytest.fixture
+def gpu():
+    """A CUDA device, or a skip with the reason."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    return torch.device("cuda")
