@@ -214,12 +214,16 @@ class TahModel(LatentModel):
             decider_logit=batch.back(done.logit),
         )
 
-    def run(self, batch: Batch, decider: Decider, only_decisions: bool = False, keep_stages: bool = False) -> Passes:
-        """The passes over `batch`; with `only_decisions` the last pass is skipped, since nothing is decided after it."""
+    def run(self, batch: Batch, decider: Decider, only_decisions: bool = False, keep_stages: bool = False, kv=None) -> Passes:
+        """The passes over `batch`; with `only_decisions` the last pass is skipped, since nothing is decided after it.
+
+        `kv`: an empty cache to fill for decoding; there the pads on the right have to be marked, since later tokens would see them.
+        """
         pos = torch.arange(batch.ids.shape[1], device=batch.ids.device).expand_as(batch.ids)
-        kv = self.decoder.grow()
+        valid = None if kv is None or bool(batch.valid.all()) else batch.valid
+        kv = self.decoder.grow() if kv is None else kv
         kv.rule = self.rule
-        out = self.decoder(self.decoder.embed(batch.ids), pos, kv, taps=decider.taps)
+        out = self.decoder(self.decoder.embed(batch.ids), pos, kv, valid=valid, taps=decider.taps)
         done = Passes(out.last, torch.ones_like(batch.ids), batch.valid, batch.valid, out)
         for depth in range(1, self.tah.max_iter + 1):
             if keep_stages:
