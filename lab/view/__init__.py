@@ -1,7 +1,23 @@
 """Pictures of recorded runs: `view.tokens(trace)` and its siblings show themselves in a notebook, a file or a terminal."""
 
+from typing import Any
+
 from lab.view.base import View
 from lab.view.compare import Compare, compare
+from lab.view.decide import passes_at, with_gate_temperature, with_threshold
+from lab.view.thoughts import Thoughts, thoughts
 from lab.view.tokens import Tokens, tokens
+from lab.view.training import Training, training
 
-__all__ = ["Compare", "Tokens", "View", "compare", "tokens"]
+_LIVE = ("Explorer", "Watch", "explore", "explore_thoughts", "watch")
+
+__all__ = ["Compare", "Thoughts", "Tokens", "Training", "View", "compare", "thoughts", "tokens", "training", *_LIVE]
+__all__ += ["passes_at", "with_gate_temperature", "with_threshold"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LIVE:
+        raise AttributeError(f"module 'lab.view' has no attribute {name!r}")
+    from lab.view import widgets  # ipywidgets takes a second to import
+
+    return getattr(widgets, name)

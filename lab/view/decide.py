@@ -18,13 +18,13 @@ def passes_at(trace: Trace, threshold: float) -> pd.DataFrame:
     """`iterations` and `open` per token (index of `trace.tokens`) if a token went on whenever its probability exceeded `threshold`.
 
     A token that would go on past its last recorded probability is `open`: how far is not known, its count is a lower bound.
-    At `meta["max_iterations"]` every token stops. Tokens without any recorded probability keep their recorded count.
+    At `meta["max_iter"]` every token stops. Tokens without any recorded probability keep their recorded count.
     """
     probabilities = _by_depth(trace)
     going_on = np.logical_and.accumulate(probabilities > threshold, axis=1).sum(axis=1)
     known = np.logical_and.accumulate(~np.isnan(probabilities), axis=1).sum(axis=1)
     recorded = trace.tokens["iterations"].to_numpy(float)
-    limit = float(trace.meta.get("max_iterations") or np.inf)
+    limit = float(trace.meta.get("max_iter") or np.inf)
     counts = np.where(known > 0, np.minimum(1.0 + going_on, limit), recorded)
     return pd.DataFrame({"iterations": counts, "open": (known > 0) & (going_on == known) & (counts < limit)}, index=trace.tokens.index)
 

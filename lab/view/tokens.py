@@ -28,6 +28,7 @@ class Tokens(View):
     limit: int = 3
     fold: int = 400
     clip: tuple[float, float] | None = None
+    note: str = ""
     script = "tokens.js"
 
     def __post_init__(self) -> None:
@@ -63,7 +64,8 @@ class Tokens(View):
         blocks = "".join(self._block(sample, rows, scales, notes) for sample, rows in self.samples())
         hidden = len(self.trace.samples) - self.limit
         more = f'<p class="soft">{hidden} more samples: pick one with question= and sample=, or raise limit=.</p>' if hidden > 0 else ""
-        return switcher(first, scales, f"{blocks}{more}", self.trace.tokens)
+        note = f'<p class="note">{escape(self.note)}</p>' if self.note else ""
+        return switcher(first, scales, f"{note}{blocks}{more}", self.trace.tokens)
 
     def _block(self, sample: dict[str, Any], rows: list[dict[str, Any]], scales: list[Channel], notes: dict[Any, str]) -> str:
         """One sample: its header and its spans."""
@@ -88,7 +90,7 @@ class Tokens(View):
         if self.trace.tokens.empty:
             return "No tokens were recorded."
         first = self.scales[0]
-        lines = [terminal_legend(first, self.trace.tokens, color)]
+        lines = [terminal_legend(first, self.trace.tokens, color), *([plain(self.note)] if self.note else [])]
         for sample, rows in self.samples():
             lines.append(plain(f"— question {sample['question']} · sample {sample['sample']}"))
             lines += _wrapped([_terminal_token(row, first, color) for row in rows], width)

@@ -189,7 +189,7 @@ def recorded():
         {"question": 0, "pos": p, "depth": d + 1, "decider_prob": prob} for p, row in enumerate(probabilities) for d, prob in enumerate(row)
     ]
     return Trace.build(
-        "tah", tokens=tokens + [{"question": 0, "pos": 9, "text": "p", "iterations": 1}], passes=passes, meta={"max_iterations": 4}
+        "tah", tokens=tokens + [{"question": 0, "pos": 9, "text": "p", "iterations": 1}], passes=passes, meta={"max_iter": 4}
     )
 
 

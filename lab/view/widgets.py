@@ -1,0 +1,167 @@
+"""Live forms of the views: sliders and pickers over a recorded trace, with the static picture in the same output.
+
+Every widget's mime bundle carries the live widget, the view's HTML and its text: an executed notebook, its HTML export and
+a terminal show the same picture.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ipywidgets
+
+from lab.errors import DataError
+from lab.trace import Trace
+from lab.view.base import View
+from lab.view.channels import Channel, names
+from lab.view.decide import passes_at, with_gate_temperature, with_threshold
+from lab.view.thoughts import thoughts
+from lab.view.tokens import Tokens
+from lab.view.training import training
+
+
+class Explorer(ipywidgets.VBox):
+    """Controls above a picture that is drawn anew when one of them moves.
+
+    draw(**values) makes the live view from the controls' values; `twin(**values)` the static one (the same by default).
+    """
+
+    def __init__(
+        self, controls: Mapping[str, ipywidgets.Widget], draw: Callable[..., View], twin: Callable[..., View] | None = None
+    ) -> None:
+        self.controls, self._draw, self._twin = dict(controls), draw, twin or draw
+        self.picture = ipywidgets.HTML(layout={"width": "100%"})
+        row = ipywidgets.Box(list(self.controls.values()), layout={"flex_flow": "row wrap", "align_items": "center"})
+        super().__init__([row, self.picture])
+        for control in self.controls.values():
+            control.observe(self.refresh, names="value")
+        self.refresh()
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What the controls say now."""
+        return {name: control.value for name, control in self.controls.items()}
+
+    @property
+    def view(self) -> View:
+        """The static view of the present state; `explorer.view.save("x.html")` keeps it."""
+        return self._twin(**self.values)
+
+    def refresh(self, _: Any = None) -> None:
+        """Draws the picture for the present values."""
+        self.picture.value = self._draw(**self.values).html()
+
+    def __repr__(self) -> str:
+        return str(self.view)
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
+        view = self.view
+        return super()._repr_mimebundle_(**options) | {"text/html": view.html(), "text/plain": str(view)}
+
+
+def explore(trace: Trace, channel: str = "") -> Explorer:
+    """A live token view: pick a sample and a channel; move the decider's threshold or the gate's temperature where they were recorded.
+
+    Both sliders decide again on the recorded numbers of the recorded text; nothing is generated. Raises DataError without tokens.
+    """
+    if trace.tokens.empty:
+        raise DataError("Nothing to explore: the trace has no tokens.")
+    there = names(trace.tokens)
+    controls = {"sample": _sample_picker(trace), "channel": _channel_picker(there, channel)}
+    if "decider_prob" in there or trace.passes["decider_prob"].notna().any():
+        controls["threshold"] = _slider("threshold", float(trace.meta.get("threshold", 0.5)), 0.0, 1.0, 0.01)
+    if "gate_logit" in there:
+        controls["temperature"] = _slider("temperature", float(trace.meta.get("gate_temperature", 1.0)), 0.05, 3.0, 0.05)
+
+    def live(channel: str, **values: Any) -> View:
+        part, note = _redecided(trace, **values)
+        return Tokens(part, channel, [channel] if channel else None, note=note)
+
+    def static(channel: str, **values: Any) -> View:
+        part, note = _redecided(trace, **values)
+        return Tokens(part, channel, note=note)
+
+    return Explorer(controls, live, static)
+
+
+def explore_thoughts(trace: Trace) -> Explorer:
+    """A live thought view: pick a sample and how many of its thoughts to show; raises DataError where there are none."""
+    if trace.thoughts.empty:
+        raise DataError("Nothing to explore: the trace has no thoughts.")
+    most = int(trace.thoughts.groupby(["question", "sample"]).size().max())
+    count = ipywidgets.IntSlider(most, 1, most, description="thoughts")
+    return Explorer({"sample": _sample_picker(trace), "count": count}, lambda sample, count: thoughts(trace.select(*sample), steps=count))
+
+
+class Watch(Explorer):
+    """The training view of a folder, read again every `seconds`, whoever writes it; `stop()` ends the watching."""
+
+    def __init__(self, folder: Path, seconds: float = 5.0) -> None:
+        self._again = ipywidgets.Button(description="read again", icon="refresh")
+        self._again.on_click(self.refresh)
+        self.seconds, self._task = seconds, None
+        super().__init__({}, lambda: training(folder))
+        self.children = (self._again, self.picture)
+        try:
+            self._task = asyncio.get_running_loop().create_task(self._keep_reading())
+        except RuntimeError:
+            self._task = None  # outside a kernel nothing runs between calls; the button and refresh() still work
+
+    async def _keep_reading(self) -> None:
+        while True:
+            await asyncio.sleep(self.seconds)
+            self.refresh()
+
+    def stop(self) -> None:
+        """Ends the watching; the picture stays."""
+        if self._task:
+            self._task.cancel()
+
+
+def watch(folder: str | Path, seconds: float = 5.0) -> Watch:
+    """The losses of a training that writes `folder` (a run's step), live: close the browser, come back, show it again."""
+    return Watch(Path(folder), seconds)
+
+
+def _redecided(
+    trace: Trace, sample: tuple[Any, int], threshold: float | None = None, temperature: float | None = None
+) -> tuple[Trace, str]:
+    """(the sample decided again, a sentence on what that changed)."""
+    part, notes = trace.select(*sample), []
+    if threshold is not None:
+        again, recorded = passes_at(part, threshold), part.tokens["iterations"]
+        part = with_threshold(part, threshold)
+        notes.append(f"At threshold {threshold:.2f}: {again['iterations'].mean():.3f} passes a token (recorded: {recorded.mean():.3f}).")
+        if again["open"].any():
+            notes.append(f"{int(again['open'].sum())} counts are lower bounds: the recorded run stopped there.")
+    if temperature is not None:
+        part = with_gate_temperature(part, temperature)
+        notes.append(f"At gate temperature {temperature:.2f}: mean gate {part.tokens['gate'].mean():.3f}.")
+    return part, " ".join(notes)
+
+
+def _sample_picker(trace: Trace) -> ipywidgets.Dropdown:
+    signs = {True: " ✓", False: " ✗"}
+    rows = trace.samples[["question", "sample", "correct"]].to_dict("records")
+    options = [
+        (f"question {row['question']} · sample {row['sample']}{_sign(row['correct'], signs)}", (row["question"], row["sample"]))
+        for row in rows
+    ]
+    return ipywidgets.Dropdown(options=options, description="show")
+
+
+def _sign(correct: Any, signs: dict[bool, str]) -> str:
+    return signs[bool(correct)] if correct in (True, False) else ""
+
+
+def _channel_picker(there: list[str], channel: str) -> ipywidgets.ToggleButtons:
+    picker = ipywidgets.ToggleButtons(options=[(Channel(name).label, name) for name in there] or [("text", "")], description="colour by")
+    if channel:
+        picker.value = channel
+    picker.style.button_width = "auto"
+    return picker
+
+
+def _slider(name: str, value: float, low: float, high: float, step: float) -> ipywidgets.FloatSlider:
+    return ipywidgets.FloatSlider(value, min=low, max=high, step=step, description=name, readout_format=".2f")
