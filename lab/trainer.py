@@ -188,6 +188,8 @@ class Supervised(Guarded, Trainer):
         work = [item for item in whole if any(item[2].values())] or whole[:1]
         if not any(totals.values()):
             raise TrainingError(f"Step {self.state.global_step + 1}: a batch without a single item to learn from; filter the data first.")
+        if hasattr(self.job.loss, "prepare"):  # an objective that must see the whole batch first (a scale over all its rows)
+            self.job.loss.prepare(self.job.model, [self._to_device(batch) for _, batch, _ in work])
         signals: dict[str, Any] = {}
         for index, ((row, _), batch, count) in enumerate(work):
             _seed_draws(self.plan.key(self.recovery.generation, self.state.global_step, row))
