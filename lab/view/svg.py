@@ -7,7 +7,7 @@ import numpy as np
 
 from lab.view.base import escape, number
 
-WIDTH, HEIGHT, LEFT, BOTTOM, POINTS = 360, 168, 44, 22, 400
+WIDTH, HEIGHT, LEFT, BOTTOM, POINTS = 360, 168, 52, 22, 400
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ def _range(values: np.ndarray) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, low + 0.5)
 
 
+def _tick(value: float) -> str:
+    return f"{value:.0e}" if value and not 1e-2 <= abs(value) < 1e5 else number(value)
+
+
 def _path(line: Line, span: tuple[float, float], rise: tuple[float, float]) -> str:
     keep = np.unique(np.linspace(0, len(line.x) - 1, min(POINTS, len(line.x))).astype(int)) if len(line.x) else []
     steps, started = [], False
@@ -62,7 +66,7 @@ def _path(line: Line, span: tuple[float, float], rise: tuple[float, float]) -> s
         if np.isfinite(value):
             steps.append(f"{'L' if started else 'M'}{_across(line.x[place], span):.1f} {_up(value, rise):.1f}")
         started = bool(np.isfinite(value))
-    style = 'class="faint"' if line.faint else f'style="stroke:var(--{line.hue})"'
+    style = 'class="faint"' if line.faint else f'style="stroke:color-mix(in srgb,var(--{line.hue}) 78%,var(--ink))"'
     return f'<path d="{" ".join(steps)}" {style}/>' if len(steps) > 1 else "".join(_dot(step, style) for step in steps)
 
 
@@ -83,8 +87,8 @@ def _axes(span: tuple[float, float], rise: tuple[float, float]) -> str:
     levels = [rise[0], sum(rise) / 2, rise[1]]
     sides = "".join(
         f'<line x1="{LEFT}" x2="{WIDTH - 8}" y1="{_up(level, rise):.1f}" y2="{_up(level, rise):.1f}"/>'
-        f'<text x="{LEFT - 5}" y="{_up(level, rise) + 4:.1f}" text-anchor="end">{number(level)}</text>'
+        f'<text x="{LEFT - 5}" y="{_up(level, rise) + 4:.1f}" text-anchor="end">{_tick(level)}</text>'
         for level in levels
     )
-    right = f'<text x="{WIDTH - 8}" y="{HEIGHT - 4}" text-anchor="end">{number(span[1])}</text>'
-    return f'<g>{sides}<text x="{LEFT}" y="{HEIGHT - 4}">{number(span[0])}</text>{right}</g>'
+    right = f'<text x="{WIDTH - 8}" y="{HEIGHT - 4}" text-anchor="end">{_tick(span[1])}</text>'
+    return f'<g>{sides}<text x="{LEFT}" y="{HEIGHT - 4}">{_tick(span[0])}</text>{right}</g>'

@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 
 from lab.trace import Trace
-from lab.view.base import View, ansi, bar, columns, escape, grid, number, plain, text_bar
+from lab.view.base import View, ansi, bar, columns, escape, grid, number, plain, text_bar, visible
 from lab.view.tokens import header
 
 SAMPLE = ["question", "sample"]
-_LABELS = {"norm": "norm", "similarity": "similarity to the one before", "stop_prob": "stop probability", "score": "score"}
+_LABELS = {"stop_prob": "stop probability", "norm": "norm", "similarity": "cosine with the one before", "score": "score"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,15 +82,15 @@ class Thoughts(View):
 
     def _block(self, sample: dict[str, Any]) -> str:
         part = self.rows[(self.rows[SAMPLE] == [sample[name] for name in SAMPLE]).all(axis=1)]
-        head = ["step", *(_LABELS.get(name, escape(name)) for name in self.measures), *(f"candidate {k + 1}" for k in range(self._wide()))]
+        head = ["step", *(f"rank {k + 1}" for k in range(self._wide())), *(_LABELS.get(name, escape(name)) for name in self.measures)]
         rows = [self._row(row) for row in part.to_dict("records")]
-        gold = "gold steps: " + ", ".join(map(escape, sample["steps"])) if sample["steps"] else "no gold steps recorded"
+        gold = "✓ gold intermediate of " + ", ".join(map(escape, sample["steps"])) if sample["steps"] else "no gold steps recorded"
         return f'<article class="sample">{header(sample)}{grid(head, rows, gold, "thoughts")}</article>'
 
     def _row(self, row: dict[str, Any]) -> list[str]:
         measures = [_measure(name, row[name]) for name in self.measures]
         cells = [_candidate(*one) for one in zip(row["top_texts"], row["top_probs"], row["gold"], strict=True)][: self._wide()]
-        return [str(row["step"]), *measures, *cells, *[""] * (self._wide() - len(cells))]
+        return [str(row["step"]), *cells, *[""] * (self._wide() - len(cells)), *measures]
 
     def _line(self, row: dict[str, Any], width: int, color: bool) -> str:
         stop = "" if row["stop_prob"] != row["stop_prob"] else f" stop {row['stop_prob']:.2f} {text_bar(row['stop_prob'], 6)}"
@@ -170,6 +170,6 @@ def _measure(name: str, value: float) -> str:
 
 
 def _candidate(text: str, prob: float, gold: bool) -> str:
-    share = f'<span class="share" style="--x:{min(max(prob, 0), 1):.3f}">{number(prob)}</span>'
-    shown = f'<bdi class="w">{escape(text)}</bdi>'
-    return f'<span class="cand gold">{shown}<em>✓ gold</em>{share}</span>' if gold else f'<span class="cand">{shown}{share}</span>'
+    sign = '<em aria-label="gold intermediate">✓</em>' if gold else ""
+    shown = f'{sign}<bdi class="w">{visible(text)}</bdi><small>{number(prob, 2)}</small>'
+    return f'<span class="cand{" gold" if gold else ""}" style="--x:{min(max(prob, 0), 1):.3f}">{shown}</span>'
