@@ -1,0 +1,103 @@
+"""The strict rules that understand mathematics: TaH's math-verify configurations, and the Minerva clean-up of LTA-Thinker."""
+
+import logging
+import re
+import threading
+from typing import Any
+
+# -- TaH (tah.md 2.10) --
+
+
+def _limit() -> int | None:
+    """math-verify's time limit uses SIGALRM, which only the main thread may set."""
+    return 5 if threading.current_thread() is threading.main_thread() else None
+
+
+def tah(text: str, mode: str) -> list[Any] | None:
+    """What TaH's graders take from the whole output, thinking included: sympy objects and the matched text, or None.
+
+    Args:
+        mode: `expr` and `latex` look for LaTeX (boxes first, no bare expressions), then for a plain number; `string` for a letter.
+    """
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, StringExtractionConfig, parse
+    from math_verify.parser import NormalizationConfig
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    if mode == "string":
+        return parse(text, [StringExtractionConfig()], parsing_timeout=_limit()) or None
+    cleaning = NormalizationConfig(nits=False, malformed_operators=False, basic_latex=True, boxed="all", units=True)
+    latex = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False, normalization_config=cleaning)
+    return parse(text, [latex, ExprExtractionConfig()], extraction_mode="first_match", parsing_timeout=_limit()) or None
+
+
+def tah_gold(text: str, mode: str) -> list[Any]:
+    """The gold answer as the grader of `mode` parses it."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, StringExtractionConfig, parse
+
+    kinds = {"expr": ExprExtractionConfig, "latex": LatexExtractionConfig, "string": StringExtractionConfig}
+    if mode == "latex" and not text.startswith("$"):
+        text = f"${text}$"
+    return parse(text, [kinds[mode]()], parsing_timeout=_limit())
+
+
+def tah_same(answer: list[Any], gold: list[Any]) -> bool:
+    """math-verify's verdict."""
+    from math_verify import verify
+
+    return bool(verify(gold, answer, timeout_seconds=_limit()))
+
+
+# -- LTA-Thinker's MATH rule (lta.md 2.12): last box, Minerva clean-up, plain text --
+
+_BOX = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
+_FIRST = [("an ", ""), ("a ", ""), (".$", "$"), ("\\$", ""), ("\\ ", ""), (" ", ""), ("\\left", ""), ("\\right", ""), ("mbox", "text")]
+_AND = [(",\\text{and}", ","), ("\\text{and}", ",")]
+_UNITS = re.compile(
+    "square|ways|integers|dollars|mph|inches|ft|hours|km|units|points|feet|minutes|digits|cents|degrees|cm|gm|pounds|meters|meals|edges"
+    "|students|childrentickets|multiples"
+)
+_MARKS = ["\\text{s}", "\\text{.}", "\\text{}^2", "\\text{}^3", "\\text{}", "\\mathrm{th}", "^\\circ", "^{\\circ}", "\\;", ",\\!"]
+_PLAIN = {
+    "pi": "π", "theta": "θ", "alpha": "α", "beta": "β", "gamma": "γ", "lambda": "λ", "phi": "ϕ", "omega": "ω", "infty": "∞", "cup": "∪",
+    "cap": "∩", "pm": "±", "mp": "∓", "cdot": "·", "times": "×", "div": "÷", "le": "≤", "leq": "≤", "ge": "≥", "geq": "≥", "ne": "≠",
+    "neq": "≠", "in": "∈", "emptyset": "∅", "to": "→", "circ": "∘", "angle": "∠", "sin": "sin", "cos": "cos", "tan": "tan", "log": "log",
+    "ln": "ln", "left": "", "right": "",
+}  # fmt: skip
+
+
+def lta_math(text: str) -> str | None:
+    """The content of the last box, cleaned; without a box the last number as it stands."""
+    boxes = _BOX.findall(text)
+    if boxes:
+        return _cleaned(boxes[-1])
+    found = re.findall(r"-?\d+(?:\.\d+)?", text)
+    return found[-1] if found else None
+
+
+def lta_math_gold(text: str) -> str:
+    """The text after `#### `, cleaned the same way."""
+    return _cleaned(text.rpartition("####")[2].strip())
+
+
+def _cleaned(answer: str) -> str:
+    for old, new in (*_FIRST, *_AND):
+        answer = answer.replace(old, new)
+    answer = _UNITS.sub("", answer)
+    for old in (*_MARKS, "{,}", '"'):
+        answer = answer.replace(old, "")
+    answer = re.sub(r"\\(?:text|textbf|overline|boxed)\{(.*?)\}", r"\1", answer).replace("$", "")
+    answer = re.sub(r"(frac)([^{])(.)", r"\1{\2}{\3}", answer)
+    answer = re.sub(r"(sqrt)([^{\[])", r"\1{\2}", answer)
+    if answer.replace(",", "").isdigit():
+        answer = answer.replace(",", "")
+    return re.sub(r"\s", "", _as_text(answer))
+
+
+def _as_text(latex: str) -> str:
+    """LaTeX as plain text: a/b for fractions, √(x) for roots, symbols for the common commands, no braces."""
+    group = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
+    while (text := re.sub(rf"\\[dt]?frac\s*{group}\s*{group}", r"{\1}/{\2}", re.sub(rf"\\sqrt\s*{group}", r"√({\1})", latex))) != latex:
+        latex = text
+    latex = re.sub(r"\\([{}%&_#])", lambda m: {"{": "\0", "}": "\1"}.get(m[1], m[1]), latex)
+    latex = re.sub(r"\\([A-Za-z]+)", lambda m: _PLAIN.get(m[1], ""), latex)
+    return re.sub(r"[{}]|\\[,;:! ]", "", latex).replace("\0", "{").replace("\1", "}")
