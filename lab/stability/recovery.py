@@ -47,12 +47,12 @@ class Recovery:
         return any(event["float32"] for event in self.events)
 
     def lr_scale(self, step: int) -> float:
-        """The factor on the learning rate at `step`: the attempts' scale, rising over 200 steps from where the training resumed."""
-        events = [event for event in self.events if event["resumed"] <= step and event["lr_scale"] < 1.0]
-        if not events:
+        """The factor on the learning rate at `step`: the last attempt's scale; from the second attempt on it rises over 200 steps."""
+        last = next((event for event in reversed(self.events) if event["resumed"] <= step), None)
+        if last is None:
             return 1.0
-        last = events[-1]
-        return last["lr_scale"] * min(1.0, (step - last["resumed"] + 1) / _REWARM)
+        rise = min(1.0, (step - last["resumed"] + 1) / _REWARM) if last["attempt"] >= 2 else 1.0
+        return last["lr_scale"] * rise
 
     def shift(self, step: int) -> int:
         """How many batches of data have been skipped before `step`."""

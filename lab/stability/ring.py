@@ -10,7 +10,7 @@ _HEALTHY = "healthy"
 
 
 class Ring:
-    """Checkpoints `checkpoint-<step>` in `folder`; at most `keep`, and never without the newest healthy one (distill.md 2C.3).
+    """Checkpoints `checkpoint-<step>` in `folder`: at most `keep` (and three), never without the newest healthy one (distill.md 2C.3).
 
     A new checkpoint is on probation. It becomes healthy when a validation passes after it, or when training has gone
     `probation` steps beyond it without an alarm. The checkpoint of step 0 is the state before training, hence healthy.
@@ -66,10 +66,13 @@ class Ring:
         return late
 
     def _rotate(self) -> None:
-        safe = max(self.steps(healthy=True), default=None)
-        for step in self.steps()[: -self.keep]:
-            if step != safe:
-                self._remove(step)
+        """Removes the oldest beyond `keep`, but never the newest healthy one, the next one to become healthy, or the newest of all."""
+        steps, healthy = self.steps(), self.steps(healthy=True)
+        probation = [step for step in steps if step not in healthy]
+        safe = {max(healthy, default=None), min(probation, default=None), steps[-1]}
+        loose = [step for step in steps if step not in safe]
+        for step in loose[: max(0, len(steps) - self.keep)]:
+            self._remove(step)
 
     def _remove(self, step: int) -> None:
         if self.path(step).exists():
