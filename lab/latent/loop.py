@@ -31,10 +31,14 @@ class Budget(Settings):
 
 @dataclass
 class Prompt:
-    """Prompts as input embeddings `x` (Q, P, D), padded on the left; `valid` (Q, P) bool or None when none is padded."""
+    """Prompts as input embeddings `x` (Q, P, D), padded on the left.
+
+    `valid` (Q, P) bool, None when none is padded; `ids` (Q, P) where the prompt was made of token ids.
+    """
 
     x: Tensor
     valid: Tensor | None = None
+    ids: Tensor | None = None
 
     @classmethod
     def of_ids(cls, decoder, prompts: Sequence[Sequence[int]]) -> "Prompt":
@@ -45,7 +49,7 @@ class Prompt:
         ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in prompts], device=device)
         pads = torch.tensor([width - len(row) for row in prompts], device=device)
         valid = torch.arange(width, device=device) >= pads[:, None]
-        return cls(decoder.embed(ids), None if bool(valid.all()) else valid)
+        return cls(decoder.embed(ids), None if bool(valid.all()) else valid, ids)
 
     @property
     def pos(self) -> Tensor:
@@ -55,7 +59,8 @@ class Prompt:
         return (self.valid.cumsum(1) - 1).clamp(min=0)
 
     def repeat(self, n: int) -> "Prompt":
-        return Prompt(self.x.repeat_interleave(n, 0), None if self.valid is None else self.valid.repeat_interleave(n, 0))
+        """Each prompt `n` times."""
+        return Prompt(*(None if part is None else part.repeat_interleave(n, 0) for part in (self.x, self.valid, self.ids)))
 
 
 class DropoutRegime(Protocol):
@@ -131,7 +136,20 @@ def rollout(
             n, min(64, budget.thoughts + len(policy.closing) + budget.answer), _worth_sharing(prompt, n) if share is None else share
         )
         h, pos = h.repeat_interleave(n, 0), pos.repeat_interleave(n, 0)
-    return _Loop(decoder, policy, kv, h, pos, draws, budget, dropout, keep, compact).run()
+    return continue_from(decoder, policy, kv, h, pos, draws, budget=budget, dropout=dropout, keep=keep, compact=compact)
+
+
+@torch.no_grad()
+def continue_from(
+    decoder, policy: Policy, kv, h: Tensor, pos: Tensor, draws: Draws | None, *, budget: Budget, thoughts: Tensor | None = None, **options
+) -> Rollout:
+    """Runs `policy` from a cache, the last hidden state `h` (R, D) and the next position `pos` (R,).
+
+    Args:
+        thoughts: (R,) thoughts the rows have already made; None = none.
+        options: `dropout`, `keep`, `compact` as in `rollout`.
+    """
+    return _Loop(decoder, policy, kv, h, pos, draws, budget, thoughts, **options).run()
 
 
 def read_prompt(decoder, prompt: Prompt, dropout: Callable | None = None):
@@ -167,13 +185,15 @@ class _Notes:
 
 
 class _Loop:
-    def __init__(self, decoder, policy, kv, h, pos, draws, budget, dropout, keep, compact):
+    def __init__(self, decoder, policy, kv, h, pos, draws, budget, thoughts, dropout=None, keep=("thoughts",), compact=0.125):
         self.decoder, self.policy, self.kv, self.budget, self.dropout, self.compact = decoder, policy, kv, budget, dropout, compact
         count, zeros = len(h), torch.zeros_like(pos)
         self.notes = _Notes((*keep, "token"))
         index = torch.arange(count, device=h.device)
-        self.rows = Rows(index, h, pos, zeros + int(policy.start), zeros, zeros, zeros, draws, self.notes)
+        made = zeros if thoughts is None else thoughts
+        self.rows = Rows(index, h, pos, zeros + int(policy.start), made, zeros, zeros, draws, self.notes)
         self.total, self.steps, self.row_steps, self.answered = count, 0, 0, False
+        self.made = 0 if thoughts is None else int(thoughts.max())
         self.counts, self.lengths, self.finish = zeros.clone(), zeros.clone(), zeros.clone()
         self.capped = torch.zeros(count, dtype=torch.bool, device=h.device)
         policy.begin(self.rows)
@@ -217,7 +237,7 @@ class _Loop:
 
     def _halt(self, rows: Rows, at) -> None:
         stop = self.policy.halt(rows)
-        if self.steps >= self.budget.thoughts:
+        if self.steps + self.made >= self.budget.thoughts:
             capped = rows.thoughts >= self.budget.thoughts
             self.capped[rows.index] |= capped if stop is None else capped & ~stop
             stop = capped if stop is None else capped | stop

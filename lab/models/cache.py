@@ -259,8 +259,8 @@ class SlotKV:
             share: keep one copy of the prompt for its n samples; otherwise each gets its own.
         """
         group = torch.arange(self.rows, device=self.pos.device).repeat_interleave(n)
-        if not share or n == 1:
-            return self._taking(group, self.columns + room)
+        if not share or n == 1 or self.shared is not None:
+            return self._selected(group, self.columns + room)
         stop = self.columns
         other = SlotKV(self.shape, self.rows * n, room, self.keys[0].dtype, self.pos.device, self.rule)
         bias = None if self.plain else self.blocked[:, None, None, :stop].clone()
@@ -270,7 +270,10 @@ class SlotKV:
 
     def select(self, rows: Tensor) -> "SlotKV":
         """The cache of the given rows: compaction, reordering and repeating (beams) are the same call."""
-        other = self._taking(rows, self.capacity)
+        return self._selected(rows, self.capacity)
+
+    def _selected(self, rows: Tensor, capacity: int) -> "SlotKV":
+        other = self._taking(rows, capacity)
         other.shared = None if self.shared is None else self.shared.regroup(self.shared.group[rows])
         return other
 

@@ -1,0 +1,233 @@
+"""Stochastic thoughts, LatentRM, beams and labels against the numbers of the official code (and its brute-force beam oracle)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lab.errors import CheckpointError, SettingsError
+from lab.latent.draws import Keyed, Recorded, Stream
+from lab.latent.loop import Budget, Prompt, rollout
+from lab.latent.policy import Counted
+from lab.models.decoder import decoder_for
+from lab.sampling.annotate import annotate
+from lab.sampling.beam import Beam, beam_search
+from lab.sampling.reward import LatentRM, step_loss, total
+from lab.sampling.stochastic import Dropout, DropoutRegime, Noise, Noisy, dropout
+
+FOLDER = Path(__file__).parents[1] / "fixtures" / "latenttts"
+EOS, START, END, LATENT = 60, 61, 62, 63
+
+
+def gpt2(name):
+    config = {k: v for k, v in json.loads((FOLDER / f"{name}_config.json").read_text()).items() if k != "transformers_version"}
+    model = GPT2LMHeadModel(GPT2Config(**config)).eval()
+    state = {key: value for key, value in load_file(FOLDER / f"{name}_state.safetensors").items() if not key.startswith("classifier")}
+    result = model.load_state_dict(state | {"lm_head.weight": state["transformer.wte.weight"]})
+    assert not result.missing_keys and not result.unexpected_keys
+    return model
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return decoder_for(gpt2("coconut"))
+
+
+@pytest.fixture(scope="module")
+def reward():
+    model = LatentRM(gpt2("rm")).eval()
+    state = load_file(FOLDER / "rm_state.safetensors")
+    model.classifier.load_state_dict({key.split(".")[1]: value for key, value in state.items() if key.startswith("classifier")})
+    return model
+
+
+def prompts(data, ids="input_ids", mask="attention_mask"):
+    return [row[keep.bool()].tolist() for row, keep in zip(data[ids], data[mask], strict=True)]
+
+
+def policy(decoder):
+    return Counted(decoder, (EOS,), count=6, closing=(END,))
+
+
+def check_rows(result, sequences, thoughts, columns):
+    torch.testing.assert_close(result.thoughts, thoughts, atol=5e-5, rtol=0)
+    for mine, row in zip(result.answers(), sequences[:, columns + 7 :].tolist(), strict=True):
+        assert mine == row[: row.index(EOS)] if EOS in row else mine == row
+
+
+def test_deterministic_generation(generator):
+    data = load_file(FOLDER / "coconut_generation.safetensors")
+    result = rollout(generator, policy(generator), Prompt.of_ids(generator, prompts(data)), budget=Budget(thoughts=6, answer=13))
+    check_rows(result, data["det.sequences"], data["det.latent_thoughts"], 10)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_noise_with_the_recorded_draws(generator, share):
+    data = load_file(FOLDER / "coconut_generation.safetensors")
+    draws = Recorded({Stream.THOUGHT: data["noise.std_normal_draws"].transpose(0, 1)})
+    noisy = Noisy(policy(generator), Noise(sigma=0.5))
+    result = rollout(generator, noisy, Prompt.of_ids(generator, prompts(data)), 4, draws, budget=Budget(thoughts=6, answer=13), share=share)
+    check_rows(result, data["noise.sequences"], data["noise.latent_thoughts"], 10)
+
+
+class Replay:
+    """The official dropout masks of forward 0 (the prompt) and 1–5 (thoughts)."""
+
+    shares_prompt = False
+
+    def __init__(self, data):
+        self.data = data
+
+    def masks(self, forward):
+        def apply(x, site, layer):
+            name = {"attention": f"h.{layer}.attn.resid_dropout", "mlp": f"h.{layer}.mlp.dropout"}.get(site)
+            return x if name is None else x * self.data[f"dropout.mask|{forward}|transformer.{name}"] / 0.7
+
+        return apply
+
+    def prefill(self, draws):
+        return self.masks(0)
+
+    def at(self, rows):
+        forward = int(rows.thoughts[0])
+        live = DropoutRegime(Dropout(p=0.3), count=6).at(rows)
+        return None if live is None else self.masks(forward)
+
+
+def test_dropout_with_the_recorded_masks(generator):
+    data = load_file(FOLDER / "coconut_generation.safetensors")
+    result = rollout(
+        generator, policy(generator), Prompt.of_ids(generator, prompts(data)), 4, dropout=Replay(data), budget=Budget(thoughts=6, answer=13)
+    )
+    check_rows(result, data["dropout.sequences"], data["dropout.latent_thoughts"], 10)
+
+
+@pytest.mark.parametrize("regime", ["thoughts", "vote", "annotation", "annotation-rollouts"])
+def test_keyed_dropout_does_not_depend_on_the_batch(generator, regime):
+    data = load_file(FOLDER / "coconut_generation.safetensors")
+    ids, settings = prompts(data), dropout(regime, 0.3, generator)
+    row, budget = torch.arange(12), Budget(thoughts=6, answer=6)
+    whole = rollout(
+        generator,
+        policy(generator),
+        Prompt.of_ids(generator, ids),
+        4,
+        Keyed.of(3, row // 4, row % 4),
+        budget=budget,
+        dropout=DropoutRegime(settings, 6),
+    )
+    alone_draws = Keyed.of(3, torch.tensor([1, 1]), torch.tensor([0, 1]))
+    alone = rollout(
+        generator, policy(generator), Prompt.of_ids(generator, ids[1:2]), 2, alone_draws, budget=budget, dropout=DropoutRegime(settings, 6)
+    )
+    torch.testing.assert_close(alone.thoughts, whole.thoughts[4:6], atol=5e-5, rtol=0)
+    assert alone.answers() == whole.answers()[4:6]
+    assert (whole.thoughts[4] - whole.thoughts[5]).abs().max() > 1e-3
+
+
+def reward_inputs():
+    data = load_file(FOLDER / "rm_io.safetensors")
+    ids = [row[: row.index(START) + 1] for row in data["right_input_ids"].tolist()]
+    return data, ids[::4]
+
+
+def test_reward_scores_are_those_of_right_padded_rows(reward):
+    data, ids = reward_inputs()
+    prompt = Prompt.of_ids(decoder_for(reward.model), ids)
+    logits = reward.rate(prompt, data["latent_embeds"])
+    want = data["logits_right"][..., 0][data["right_input_ids"] == LATENT].view(8, 6)
+    torch.testing.assert_close(logits, want, atol=5e-5, rtol=0)
+    torch.testing.assert_close(total(logits), data["scores_right"], atol=2e-4, rtol=0)
+    torch.testing.assert_close(reward(prompt, data["latent_embeds"]), logits, atol=5e-5, rtol=0)
+
+
+def test_reward_losses_and_gradient_norms(reward):
+    data, ids = reward_inputs()
+    logits = reward(Prompt.of_ids(decoder_for(reward.model), ids), data["latent_embeds"]).view(2, 4, 6)
+    loss = step_loss(logits, data["estimations"], official_length=data["right_input_ids"].shape[1])
+    torch.testing.assert_close(loss, data["ce_loss"][0], atol=0, rtol=1e-5)
+    torch.testing.assert_close(step_loss(logits, data["estimations"], "bce"), data["bce_loss"][0], atol=0, rtol=1e-5)
+    reward.zero_grad()
+    loss.backward()
+    norms = json.loads((FOLDER / "rm_meta.json").read_text())["rm_grad_norms_ce"]
+    own = {f"transformer.{name}": p for name, p in reward.model.transformer.named_parameters()} | {
+        f"classifier.{name}": p for name, p in reward.classifier.named_parameters()
+    }
+    for name, want in norms.items():
+        assert float(own[name].grad.norm()) == pytest.approx(want, rel=1e-3, abs=1e-6), name
+
+
+def test_a_reward_model_of_another_width_is_refused(reward):
+    data, ids = reward_inputs()
+    with pytest.raises(CheckpointError, match="another backbone"):
+        reward.rate(Prompt.of_ids(decoder_for(reward.model), ids), torch.zeros(8, 6, 16))
+
+
+def test_beam_search_against_the_oracle(generator, reward):
+    data, meta = load_file(FOLDER / "beam_oracle.safetensors"), json.loads((FOLDER / "beam_oracle.json").read_text())
+    ids = prompts(load_file(FOLDER / "coconut_generation.safetensors"))
+    draws = Recorded({Stream.THOUGHT: data["eps"].permute(1, 2, 3, 0, 4).reshape(18, 6, 32)})
+    settings, noisy = Beam(beams=3, candidates=2, thoughts=6), Noisy(policy(generator), Noise(sigma=0.5))
+    result = beam_search(generator, noisy, reward, Prompt.of_ids(generator, ids), draws, settings, Budget(thoughts=6, answer=20))
+    torch.testing.assert_close(result.candidate_scores, data["candidate_cumulative_scores"], atol=2e-4, rtol=0)
+    torch.testing.assert_close(result.kept, data["selected_beam_and_candidate"])
+    torch.testing.assert_close(result.thoughts[:, 0], data["best_latent_thoughts"], atol=1e-4, rtol=0)
+    for mine, prompt_ids, row in zip(result.rollout.answers(), ids, meta["sequences_unpadded"], strict=True):
+        answer = row[len(prompt_ids) + 7 :]
+        assert mine == [token for token in answer if token != EOS]
+
+
+def test_one_beam_with_one_candidate_is_one_sample(generator, reward):
+    ids = prompts(load_file(FOLDER / "coconut_generation.safetensors"))
+    draws, noisy, budget = (
+        Keyed.of(0, torch.arange(3), torch.zeros(3, dtype=torch.long)),
+        Noisy(policy(generator), Noise(sigma=0.5)),
+        Budget(answer=8),
+    )
+    beam = beam_search(generator, noisy, reward, Prompt.of_ids(generator, ids), draws, Beam(beams=1, candidates=1, thoughts=6), budget)
+    single = rollout(generator, noisy, Prompt.of_ids(generator, ids), 1, draws, budget=budget)
+    torch.testing.assert_close(beam.thoughts[:, 0], single.thoughts, atol=1e-5, rtol=1e-5)
+    assert beam.rollout.answers() == single.answers()
+
+
+@pytest.mark.parametrize("regime", ["thoughts", "vote"])
+def test_beams_under_dropout_do_not_depend_on_the_other_questions(generator, reward, regime):
+    ids = prompts(load_file(FOLDER / "coconut_generation.safetensors"))
+    settings, masks = Beam(beams=2, candidates=3, thoughts=6), DropoutRegime(dropout(regime, 0.3), 6)
+
+    def run(questions):
+        number = torch.tensor(questions).repeat_interleave(6)
+        draws = Keyed.of(1, number, torch.arange(6).repeat(len(questions)))
+        prompt = Prompt.of_ids(generator, [ids[question] for question in questions])
+        return beam_search(generator, policy(generator), reward, prompt, draws, settings, Budget(answer=6), dropout=masks)
+
+    whole, alone = run([0, 1, 2]), run([1])
+    torch.testing.assert_close(alone.thoughts[0], whole.thoughts[1], atol=1e-4, rtol=0)
+    assert (whole.scores[:, :-1] >= whole.scores[:, 1:]).all()
+
+
+def test_labels_are_shares_of_right_rollouts(generator):
+    data, meta = load_file(FOLDER / "annotation.safetensors"), json.loads((FOLDER / "annotation.json").read_text())
+    ids = prompts(data, "question_input_ids", "question_attention_mask")
+    prompt, thoughts = Prompt.of_ids(generator, ids), data["thoughts_with_prompt"][:, -6:]
+
+    def right(question, answer):
+        return bool(answer) and answer[-1] == meta["answers"][question]
+
+    options = {"rollouts": 2, "seed": 0, "budget": Budget(thoughts=6, answer=16)}
+    torch.testing.assert_close(annotate(generator, policy(generator), prompt, thoughts, right, **options), data["estimations"])
+    silent = DropoutRegime(dropout("thoughts", 1e-9), 6)
+    torch.testing.assert_close(
+        annotate(generator, policy(generator), prompt, thoughts, right, dropout=silent, **options), data["estimations"]
+    )
+
+
+def test_impossible_samplers_are_refused(generator):
+    for bad in (lambda: Noise.check(sigma=0.0), lambda: Noise.check(sigma=-1.0), lambda: Dropout.check(p=1.0)):
+        with pytest.raises(SettingsError):
+            bad()
+    with pytest.raises(SettingsError, match="annotation"):
+        dropout("annotaton", 0.1, generator)
