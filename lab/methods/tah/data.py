@@ -154,6 +154,7 @@ def build_example(
     truncate: bool = True,
     query_iter_count: int = 1,
     seed: int = 0,
+    align: str = "token",
 ) -> dict[str, list[int]] | None:
     """One training example, or None where nothing is supervised or it is too long and may not be cut.
 
@@ -161,6 +162,8 @@ def build_example(
         prompt_mask: 1 where the token is supervised. mismatch_mask: 1 = hard (a count drawn from 2 … max_iter by `seed`);
             any value above 1 means the column holds extra passes already (count = value + 1).
         query_iter_count: the count of prompt positions.
+        align: a position may count as hard where its own token is supervised ("token", as published), or where the token it
+            predicts is ("target").
     """
     length = len(input_ids) if max_length is None else min(max_length, len(input_ids))
     if length < len(input_ids) and not truncate:
@@ -171,7 +174,8 @@ def build_example(
         return None
     draw, counted = random.Random(seed), max(marks, default=0) > 1
     hard = [mark + 1 if counted else draw.randint(2, max(max_iter, 2)) if mark else 1 for mark in marks]
-    counts = [min(count, max_iter) if own else query_iter_count for count, own in zip(hard, mask, strict=True)]
+    counted_at = mask if align == "token" else [*mask[1:], 0]
+    counts = [min(count, max_iter) if own else query_iter_count for count, own in zip(hard, counted_at, strict=True)]
     labels = [token if own else IGNORE for token, own in zip(ids, mask, strict=True)]
     return {"input_ids": ids, "attention_mask": [1] * length, "labels": labels, "iter_count_labels": counts}
 
@@ -191,6 +195,7 @@ class ExampleSettings(Settings):
     strategy: LabelStrategy = LabelStrategy()
     cross_entropy_bins: bool = True
     prefilter: bool = True
+    align: Literal["token", "target"] = "token"
     seed: int = 0
 
 
@@ -214,13 +219,15 @@ def build_examples(rows: Iterable[Row], settings: ExampleSettings, max_iter: int
 def _example(row: Row, settings: ExampleSettings, max_iter: int, number: int) -> dict[str, list[int]] | None:
     seed = hash((settings.seed, number))
     marks = hard_marks(row, settings.strategy, max_iter, settings.seed)
-    if settings.prefilter and not keeps({"mask": row["mask"], "mismatch": marks}, settings.max_length):
+    where = row["mask"] if settings.align == "token" else [*row["mask"][1:], 0]
+    if settings.prefilter and not keeps({"mask": where, "mismatch": marks}, settings.max_length):
         return None
     if max_iter > 2 and settings.cross_entropy_bins and "cross_entropy" in row and max(marks, default=0) == 1:
-        own = [mark and keep for mark, keep in zip(marks, row["mask"], strict=True)]
+        own = [mark and keep for mark, keep in zip(marks, where, strict=True)]
         marks = binned_counts(own, row["cross_entropy"], max_iter)
     truncate = settings.max_length_action == "cutoff"
-    return build_example(row["real_token"], row["mask"], marks, max_iter, settings.max_length, truncate, settings.query_iter_count, seed)
+    window = (max_iter, settings.max_length, truncate, settings.query_iter_count)
+    return build_example(row["real_token"], row["mask"], marks, *window, seed, settings.align)
 
 
 PADS = {"attention_mask": 0, "labels": IGNORE, "iter_count_labels": IGNORE}

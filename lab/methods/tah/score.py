@@ -1,0 +1,127 @@
+"""What a model gets right token by token under a policy, and the threshold that pays: no generation involved."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lab.errors import SettingsError
+from lab.methods.tah.config import LabelSettings
+from lab.methods.tah.data import collate
+from lab.methods.tah.deciders import Decider, LabelDecider
+from lab.methods.tah.labels import length_groups
+from lab.methods.tah.model import IGNORE, TahModel
+from lab.methods.tah.objective import decision_quality
+from lab.methods.tah.policy import decider_for_policy
+from lab.models.vocab import token_statistics
+
+TOKEN_POLICIES = ("never", "always", "oracle", "decider")
+
+
+@dataclass
+class Scored:
+    """Numbers per supervised token (n,): right, cross-entropy, iterations, hard; and per token read (m,): iterations, decisions, labels."""
+
+    right: Tensor
+    cross_entropy: Tensor
+    hard: Tensor
+    iterations: Tensor
+    again: Tensor
+    wanted: Tensor
+    prob: Tensor
+
+    def summary(self) -> dict[str, float]:
+        """Accuracy and cross-entropy overall, on hard and on easy tokens; passes per token; precision and recall of the decisions."""
+        easy = ~self.hard
+        mean = {
+            name: float(self.right[own].float().mean()) if own.any() else math.nan for name, own in (("hard", self.hard), ("easy", easy))
+        }
+        entropy = {
+            name: float(self.cross_entropy[own].mean()) if own.any() else math.nan for name, own in (("hard", self.hard), ("easy", easy))
+        }
+        quality = decision_quality(self.again, self.wanted)
+        return {
+            "accuracy": float(self.right.float().mean()),
+            "accuracy_hard": mean["hard"],
+            "accuracy_easy": mean["easy"],
+            "ce": float(self.cross_entropy.mean()),
+            "ce_hard": entropy["hard"],
+            "perplexity": math.exp(min(float(self.cross_entropy.mean()), 700.0)),
+            "passes": float(self.iterations.float().mean()),
+            "precision": quality["precision"],
+            "recall": quality["recall"],
+        }
+
+
+def token_decider(model: TahModel, policy: str) -> Decider:
+    """The decider of a policy that is scored on labelled text: there the oracle is the labels themselves (which leaks them)."""
+    if policy == "oracle":
+        return LabelDecider(LabelSettings(max_iter=model.tah.max_iter))
+    if policy not in TOKEN_POLICIES:
+        raise SettingsError(f"policy = {policy!r}: it is one of {', '.join(TOKEN_POLICIES)}.")
+    return decider_for_policy(model, policy)
+
+
+@torch.no_grad()
+def score_tokens(
+    model: TahModel,
+    examples: Sequence[dict[str, Any]],
+    policy: str | Decider = "decider",
+    hard: Sequence[Sequence[bool]] | None = None,
+    batch_tokens: int = 8192,
+) -> Scored:
+    """Every supervised token of `examples` predicted under `policy`.
+
+    Args:
+        hard: which positions count as hard (by the position that predicts); None = those whose iteration label asks for more than one pass.
+    """
+    decider = policy if isinstance(policy, Decider) else token_decider(model.eval(), policy)
+    parts = []
+    for group in length_groups([len(example["input_ids"]) for example in examples], batch_tokens):
+        own = [examples[i] if hard is None else {**examples[i], "hard": [int(x) for x in hard[i]]} for i in group]
+        batch = {name: value.to(model.table.device) for name, value in collate(own, 0).items()}
+        parts.append(_scored(model, decider, batch))
+    return Scored(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _scored(model: TahModel, decider: Decider, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    ids, mask, counts = batch["input_ids"], batch["attention_mask"], batch["iter_count_labels"]
+    out = model(ids, mask, iter_count_labels=counts, decider=decider)
+    targets = torch.cat((batch["labels"][:, 1:], torch.full_like(ids[:, :1], IGNORE)), dim=1)
+    where, read = targets != IGNORE, mask.bool()
+    found = token_statistics(out.hidden[where], model.head, targets[where])
+    hard = batch["hard"] == 1 if "hard" in batch else counts > 1
+    columns = (found.best == targets[where], found.cross_entropy, hard[where])
+    return *columns, out.iterations[read], out.again[read], counts[read], out.decider_logit[read].sigmoid()
+
+
+@dataclass(frozen=True)
+class Point:
+    """A threshold with what it gives on the calibration data."""
+
+    threshold: float
+    accuracy: float
+    passes: float
+
+
+def sweep_thresholds(
+    model: TahModel, examples: Sequence[dict[str, Any]], thresholds: Sequence[float] = (), batch_tokens: int = 8192
+) -> list[Point]:
+    """Accuracy and passes per token at each threshold, each measured by running the passes it asks for."""
+    before, points = model.decider.effective_threshold, []
+    for value in thresholds or [0.02, 0.05, *(i / 10 for i in range(1, 10)), 0.95, 0.98]:
+        model.decider.set_threshold(value)
+        summary = score_tokens(model, examples, model.decider, batch_tokens=batch_tokens).summary()
+        points.append(Point(value, summary["accuracy"], summary["passes"]))
+    model.decider.set_threshold(before)
+    return points
+
+
+def calibrate(points: Sequence[Point], max_passes: float = 1.15, tolerance: float = 0.002) -> Point:
+    """Of the thresholds with at most `max_passes` (else the cheapest), the highest within `tolerance` of the best accuracy."""
+    affordable = [point for point in points if point.passes <= max_passes] or [min(points, key=lambda point: point.passes)]
+    best = max(point.accuracy for point in affordable)
+    return max((point for point in affordable if point.accuracy >= best - tolerance), key=lambda point: point.threshold)
