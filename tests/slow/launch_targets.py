@@ -1,0 +1,77 @@
+"""Functions that the launch tests run in other processes."""
+
+import os
+import time
+
+import torch
+from torch import nn
+
+from lab import files
+from lab.errors import DataError
+from lab.launch import on_main, rank, world_size
+from lab.train import TrainSettings, fit
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.drop, self.head, self.unused = nn.Embedding(11, 16), nn.Dropout(0.2), nn.Linear(16, 11), nn.Linear(3, 3)
+
+    def forward(self, ids):
+        return self.head(self.drop(self.embed(ids)))
+
+
+def collate(rows):
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    return {"ids": ids, "labels": torch.tensor([row + [-100] * (width - len(row)) for row in rows])}
+
+
+def loss(model, batch):
+    logits = model(batch["ids"])[:, :-1]
+    ce = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    norm = logits.square().mean(dim=(1, 2)).mean()
+    return ce + 0.1 * norm, {"ce": ce, "norm": norm}
+
+
+def train(folder, steps=12, **changes):
+    """Losses of every step, and a checksum of the weights."""
+    data = [[(i * k) % 11 for k in range(1, 3 + i % 5)] for i in range(40)]
+    model = Tiny()
+    chosen = {"steps": steps, "global_batch": 8, "micro_batch": 2, "lr": 1e-2, "log_every": 1, "save_every": 4, "weight_decay": 0.1}
+    settings = TrainSettings.check(**{**chosen, **changes})
+    fit(model, data, collate, loss, settings, folder, lengths=[len(row) for row in data])
+    rows = on_main(lambda: files.read_lines(folder_path(folder) / "metrics.jsonl"))
+    kept = [row for row in rows if "loss" in row]
+    return {
+        "losses": [row["loss"] for row in kept],
+        "norms": [row["norm"] for row in kept],
+        "gradients": [row["grad_norm"] for row in kept],
+        "weights": [float(p.detach().double().square().sum()) for p in model.parameters()],
+        "world": world_size(),
+    }
+
+
+def folder_path(folder):
+    from pathlib import Path
+
+    return Path(folder)
+
+
+def complain():
+    if rank() == 1:
+        raise DataError("The record on line 7 has no answer.")
+    time.sleep(600)
+
+
+def die():
+    if rank() == 1:
+        os._exit(7)
+    time.sleep(600)
+
+
+def wait(folder):
+    """Notes its process id, then waits for ever."""
+    (folder_path(folder) / str(rank())).write_text(str(os.getpid()))
+    time.sleep(600)
