@@ -26,6 +26,10 @@ CHANNEL_HUES = {"decider_prob": "purple", "gate": "green", "prob": "blue", "entr
 SERIES = ("blue", "vermillion", "green", "orange", "purple", "sky", "grey", "yellow")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
 METHODS = ("tah", "dtt", "coconut", "codi", "adaptive", "colar", "softcot", "lta", "latenttts")
+TITLES = dict(
+    tah="TaH", dtt="DTT", coconut="COCONUT", codi="CODI", adaptive="Adaptive", colar="CoLaR", softcot="SoftCoT", lta="LTA-Thinker"
+)
+TITLES |= {"latenttts": "LatentTTS", "best_of_n": "best of N", "sft": "SFT", "cot": "CoT"}
 
 
 def pass_hue(count: float) -> str:

@@ -1,0 +1,161 @@
+"""One look for every figure: sizes of the printed column and of a slide, light background, nothing global."""
+
+import csv
+import io
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from lab.errors import DataError, unknown
+from lab.view import palette
+
+SIZES = {"column": (3.35, 2.45), "wide": (6.9, 2.9), "slide": (10.0, 5.6)}  # inches
+FONT = {"column": 7.5, "wide": 8.0, "slide": 15.0}
+INK, SOFT, LINE = (palette.THEMES["light"][name] for name in ("ink", "soft", "line"))
+GREY = palette.HUES["grey"]
+
+
+class Picture(Figure):
+    """A matplotlib figure that shows itself in a notebook without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        with mpl.rc_context(rules("column")):
+            buffer = io.BytesIO()
+            self.savefig(buffer, format="png", dpi=144)
+        return buffer.getvalue()
+
+
+def rules(size: str) -> dict[str, Any]:
+    """Matplotlib's parameters for a size; used inside a context only."""
+    font, scale = FONT[size], FONT[size] / 7.5
+    return {
+        "font.family": ["DejaVu Sans"],
+        "font.size": font,
+        "axes.titlesize": font,
+        "axes.labelsize": font,
+        "xtick.labelsize": font * 0.92,
+        "ytick.labelsize": font * 0.92,
+        "legend.fontsize": font * 0.92,
+        "legend.frameon": False,
+        "legend.handlelength": 1.6,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": SOFT,
+        "axes.labelcolor": INK,
+        "text.color": INK,
+        "xtick.color": SOFT,
+        "ytick.color": SOFT,
+        "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK,
+        "axes.linewidth": 0.7 * scale,
+        "xtick.major.width": 0.7 * scale,
+        "ytick.major.width": 0.7 * scale,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": LINE,
+        "grid.linewidth": 0.5 * scale,
+        "lines.linewidth": 1.4 * scale,
+        "lines.markersize": 4.0 * scale,
+        "errorbar.capsize": 0.0,
+        "figure.facecolor": "white",
+        "axes.facecolor": "white",
+        "savefig.facecolor": "white",
+        "svg.fonttype": "none",
+        "svg.hashsalt": "lab",
+        "pdf.fonttype": 42,
+        "figure.constrained_layout.use": True,
+    }
+
+
+def figure(*needed: str) -> Callable[[Callable[..., None]], Callable[..., Picture]]:
+    """Turns draw(ax, table, **options) into name(table, size="column", **options) -> Picture in the house style.
+
+    The columns `needed` are checked first: DataError names the missing ones, or an empty table.
+    """
+
+    def decorate(draw: Callable[..., None]) -> Callable[..., Picture]:
+        @wraps(draw)
+        def drawn(table: pd.DataFrame, size: str = "column", **options: Any) -> Picture:
+            if size not in SIZES:
+                raise unknown("figure size", size, SIZES)
+            check(draw.__name__, table, needed)
+            with mpl.rc_context(rules(size)):
+                picture = Picture(figsize=SIZES[size])
+                FigureCanvasAgg(picture)
+                draw(picture.add_subplot(), table.reset_index(drop=True), **options)
+            return picture
+
+        return drawn
+
+    return decorate
+
+
+def check(name: str, table: pd.DataFrame, needed: tuple[str, ...]) -> None:
+    """Raises DataError unless `table` has rows and the columns `needed`."""
+    missing = [column for column in needed if column not in table]
+    if missing:
+        raise DataError(
+            f"figure {name} needs the columns {', '.join(missing)}; the table has {', '.join(map(str, table.columns)) or 'none'}."
+        )
+    if table.empty:
+        raise DataError(f"figure {name} was given an empty table: there is nothing to draw.")
+
+
+def save(fig: Figure, table: pd.DataFrame, folder: str | Path, name: str) -> list[Path]:
+    """Writes <name>.pdf, .svg, .png and the numbers drawn as <name>.csv into `folder`; returns the paths. Same input, same bytes."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dates = {"pdf": {"CreationDate": None, "ModDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
+    with mpl.rc_context(rules("column")):
+        for kind, metadata in dates.items():
+            fig.savefig(folder / f"{name}.{kind}", dpi=220, metadata=metadata)
+    table.to_csv(folder / f"{name}.csv", index=False, quoting=csv.QUOTE_MINIMAL)
+    return [folder / f"{name}.{kind}" for kind in (*dates, "csv")]
+
+
+def look(name: Any, place: int) -> tuple[str, str]:
+    """(colour, marker) of a series: a method's own wherever it appears, else by its place."""
+    return palette.method(name) if name in palette.METHODS else palette.series(place)
+
+
+def label(name: Any) -> str:
+    """How a method or measure is written in a figure; dollar signs and hidden characters are harmless."""
+    return palette.TITLES.get(name, str(name).replace("_", " ")).replace("$", r"\$")
+
+
+def spread(ax: Axes, part: pd.DataFrame, x: str, colour: str, marker: str, name: str, band: bool = False) -> None:
+    """The `mean` of a series over `x` with its interval (columns low, high where present) as a band or as bars."""
+    part = part.sort_values(x)
+    ax.plot(part[x], part["mean"], color=colour, marker=None if band else marker, label=name, zorder=3)
+    if not {"low", "high"} <= set(part.columns):
+        return
+    if band:
+        ax.fill_between(part[x], part["low"], part["high"], color=colour, alpha=0.18, linewidth=0)
+        return
+    bars(ax, part[x], part, colour)
+
+
+def bars(ax: Axes, x: Any, part: pd.DataFrame, colour: str, sideways: bool = False) -> None:
+    """Error bars from columns low and high around mean; none where they are undefined."""
+    reach = np.abs(np.vstack([part["mean"] - part["low"], part["high"] - part["mean"]]).astype(float))
+    place = {"x": part["mean"], "y": x, "xerr": reach} if sideways else {"x": x, "y": part["mean"], "yerr": reach}
+    ax.errorbar(**place, fmt="none", ecolor=colour, elinewidth=1.2, zorder=2)
+
+
+def percent(ax: Axes, axis: str = "y") -> None:
+    """Shows shares as percentages."""
+    getattr(ax, f"{axis}axis").set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
+
+
+def legend(ax: Axes, **options: Any) -> None:
+    """A legend where there is more than one entry."""
+    if len(ax.get_legend_handles_labels()[1]) > 1:
+        ax.legend(**options)

@@ -1,0 +1,127 @@
+"""Run: pytest tests/unit/test_figures.py"""
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lab import figures
+from lab.errors import DataError, SettingsError
+
+CURVE = pd.DataFrame(
+    {"step": [0, 1, 2, 1, 2, 3], "value": [3.0, 2.0, 9.0, 2.0, 1.5, 1.0], "discarded": [False, True, True, False, False, False]}
+)
+EVENTS = pd.DataFrame([{"kind": "rollback", "step": 2, "onset": 2, "resumed": 0, "rule": "spike"}, {"kind": "skipped", "step": 3}])
+
+
+def intervals(**columns):
+    table = pd.DataFrame(columns)
+    return table.assign(low=table["mean"] - 0.1, high=table["mean"] + 0.05)
+
+
+TABLES = {
+    "accuracy_against_passes": intervals(
+        policy=["decider", "decider", "never"], passes=[1.1, 1.3, 1.0], mean=[0.8, 0.9, 0.3], threshold=[0.9, 0.5, np.nan]
+    ),
+    "accuracy_against_thoughts": intervals(method=["codi", "codi", "coconut"], thoughts=[0, 6, 0], mean=[0.2, 0.8, 0.1]),
+    "divergence_events": CURVE,
+    "gate_histogram": pd.DataFrame(
+        {"span": ["inside"] * 2 + ["outside"] * 2, "low": [0, 0.5] * 2, "high": [0.5, 1] * 2, "share": [0.1, 0.9, 0.8, 0.2]}
+    ),
+    "hard_tokens": pd.DataFrame(
+        {"text": ["a", "$\n"], "tokens": [1000, 2], "hard_share": [0.1, 0.5], "ce_1": [1.0, np.nan], "ce_2": [0.5, np.nan]}
+    ),
+    "iteration_histogram": pd.DataFrame({"group": ["easy", "easy", "hard"], "iterations": [1, 2, 1], "share": [0.75, 0.25, 1.0]}),
+    "learning_curves": CURVE.rename(columns={"value": "mean"}).assign(arm="tah", low=0.5, high=4.0),
+    "loss_components": CURVE.assign(component="ce"),
+    "method_comparison": intervals(method=["tah", "codi"], mean=[0.8, 0.7], n=[5, 5], reported=[np.nan, 0.75]),
+    "pruning": pd.DataFrame({"layer": [0, 1, 2], "delta_ppl": [500.0, 1.0, np.inf], "dropped": [False, True, False]}),
+    "scaling": intervals(measure=["vote"] * 3 + ["beam"] * 2, n=[1, 4, 16, 1, 4], mean=[0.3, 0.4, 0.5, 0.3, 0.45]),
+    "thoughts_against_gold_steps": pd.DataFrame({"gold_steps": [1, 1, 2], "thoughts": [1, 2, 2], "share": [0.5, 0.5, 1.0]}),
+}
+
+
+def draw(name, **options):
+    more = {"events": EVENTS} if name == "divergence_events" else {}
+    return getattr(figures, name)(TABLES[name], **more, **options)
+
+
+def texts(fig):
+    fig.canvas.draw()
+    axis = fig.axes[0]
+    entries = axis.get_legend().get_texts() if axis.get_legend() else []
+    return [text.get_text() for text in [*axis.texts, *axis.get_xticklabels(), *axis.get_yticklabels(), *entries]]
+
+
+def test_every_figure_has_a_table_here():
+    assert set(TABLES) == set(dir(figures)) - {"save"}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_figure_is_drawn_saved_and_the_same_again(name, tmp_path):
+    for folder in ("one", "two"):
+        paths = figures.save(draw(name), TABLES[name], tmp_path / folder, name)
+    assert [path.suffix for path in paths] == [".pdf", ".svg", ".png", ".csv"]
+    assert all(path.read_bytes() == (tmp_path / "one" / path.name).read_bytes() for path in paths)
+    pd.testing.assert_frame_equal(pd.read_csv(paths[-1]), TABLES[name], check_dtype=False)
+    assert draw(name).axes[0].get_xlabel()
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_missing_column_and_an_empty_table_are_named(name):
+    for column in TABLES[name].columns[TABLES[name].columns.isin(["step", "mean", "share", "delta_ppl", "hard_share"])][:1]:
+        with pytest.raises(DataError, match=f"{name} needs the columns {column}"):
+            getattr(figures, name)(TABLES[name].drop(columns=column))
+    with pytest.raises(DataError, match="empty table"):
+        getattr(figures, name)(TABLES[name].head(0))
+
+
+def test_sizes_and_names_are_checked():
+    assert tuple(draw("scaling", size="slide").get_size_inches()) == (10.0, 5.6)
+    assert tuple(draw("scaling").get_size_inches()) == (3.35, 2.45)
+    with pytest.raises(SettingsError, match="Did you mean 'column'"):
+        draw("scaling", size="colum")
+    with pytest.raises(AttributeError, match="scalling"):
+        _ = figures.scalling
+
+
+def test_intervals_are_drawn_where_the_columns_say():
+    (segments,) = [part.get_segments() for part in draw("accuracy_against_thoughts").axes[0].collections[:1]]
+    assert np.allclose([segment[:, 1] for segment in segments], [[0.1, 0.25], [0.7, 0.85]])
+    rows = draw("method_comparison").axes[0].collections[0].get_segments()
+    assert np.allclose(sorted(tuple(segment[:, 0]) for segment in rows), [(0.6, 0.75), (0.7, 0.85)])
+
+
+def test_discarded_stretches_are_grey_and_apart():
+    lines = draw("learning_curves").axes[0].get_lines()
+    kept, lost = (line.get_xydata().tolist() for line in lines)
+    assert kept == [[0, 3.0], [1, 2.0], [2, 1.5], [3, 1.0]] and lost == [[1, 2.0], [2, 9.0]]
+    assert lines[1].get_linestyle() == "--" and lines[1].get_label() == "discarded"
+
+
+def test_methods_keep_their_colour_and_name_everywhere():
+    alone = figures.accuracy_against_thoughts(TABLES["accuracy_against_thoughts"].tail(1)).axes[0].get_lines()[0]
+    beside = draw("accuracy_against_thoughts").axes[0].get_lines()[1]
+    assert alone.get_color() == beside.get_color() and beside.get_label() == "COCONUT"
+    assert "CODI (n=5)" in texts(draw("method_comparison"))
+
+
+def test_odd_texts_and_infinite_values_are_shown():
+    assert r"“\$↵”" in texts(draw("hard_tokens")) and "∞" in texts(draw("pruning"))
+    assert "1,000 ×   CE 1.00 → 0.50" in texts(draw("hard_tokens")) and "2 ×" in texts(draw("hard_tokens"))
+
+
+def test_a_figure_shows_itself_as_a_picture():
+    assert draw("scaling")._repr_png_().startswith(b"\x89PNG")
+
+
+def test_nothing_global_changes_and_pyplot_stays_out():
+    code = (
+        "import sys, matplotlib as m, pandas as pd; before = dict(m.rcParams)\n"
+        "from lab import figures\n"
+        "figures.pruning(pd.DataFrame({'layer': [0], 'delta_ppl': [1.0]}))\n"
+        "assert dict(m.rcParams) == before and 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
