@@ -253,9 +253,9 @@ class _Loop:
 
     def _close(self, rows: Rows, at) -> Tensor:
         closing = torch.tensor(self.policy.closing, device=rows.h.device)
-        x, closed = self.policy.read(closing[rows.closed], rows), rows.closed + 1
+        x, closed = self.policy.read(closing[rows.closed % len(closing)], rows), rows.closed + 1
         self._count("closed", at)
-        self._move(at, torch.where(closed >= len(closing), int(Phase.ANSWER), int(Phase.CLOSE)))
+        self._move(at, torch.where(closed % len(closing) == 0, int(Phase.ANSWER), int(Phase.CLOSE)))
         return x
 
     def _answer(self, rows: Rows, at) -> Tensor:
@@ -265,8 +265,10 @@ class _Loop:
         x, said = self.policy.read(token, rows), rows.said + 1
         full = said >= self.budget.answer
         self.lengths[rows.index], self.finish[rows.index] = said - stopped.long(), (full & ~stopped).long()
+        again = self.policy.resumes(token, rows)
         self._count("said", at)
-        self._move(at, torch.where(stopped | full, int(Phase.DONE), int(Phase.ANSWER)))
+        after = torch.full_like(said, int(Phase.ANSWER)) if again is None else torch.where(again, int(Phase.THINK), int(Phase.ANSWER))
+        self._move(at, torch.where(stopped | full, int(Phase.DONE), after))
         return x
 
     def _move(self, at, phase: Tensor) -> None:
