@@ -139,6 +139,10 @@ class Policy:
         """(R,) bool: which answers end with this token."""
         return token == self.stop_ids if len(self.stops) == 1 else torch.isin(token, self.stop_ids)
 
+    def resumes(self, token: Tensor, rows: Rows) -> Tensor | None:
+        """(R,) bool: which answering rows begin to think again after this token; None = none."""
+        return None
+
 
 class Counted(Policy):
     """Makes a fixed number of thoughts, then closes; `count` may be one number or (R,) by row."""
