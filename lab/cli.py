@@ -186,15 +186,12 @@ def main() -> None:
             raise
         typer.echo(f"lab: {error}", err=True)
         sys.exit(_status(error))
-    except KeyboardInterrupt:
-        typer.echo("lab: stopped; go on with the same command and --resume.", err=True)
-        sys.exit(130)
 
 
 def _status(error: LabError) -> int:
-    from lab.pipeline import StepFailed
+    from lab.pipeline import Interrupted, StepFailed
 
-    return 1 if isinstance(error, StepFailed) else 2
+    return {StepFailed: 1, Interrupted: 130}.get(type(error), 2)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,14 @@ def manager_class(log_file: Path) -> Any:
             return self.connection_info
 
     class Manager(AsyncKernelManager):
+        stopped = False  # whether somebody asked the kernel to end; else its end is its own
+
+        async def _async_shutdown_kernel(self, *arguments: Any, **options: Any) -> None:
+            type(self).stopped = True
+            await super()._async_shutdown_kernel(*arguments, **options)
+
+        shutdown_kernel = _async_shutdown_kernel
+
         async def _async_pre_start_kernel(self, **kwargs: Any) -> Any:
             if self.provisioner is None and path != "0":
                 self.provisioner = Forked(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)

@@ -33,7 +33,7 @@ def execute(
     """Runs `notebook` with `parameters` (checked by the caller) and returns `output`, written after every cell, with its HTML beside it.
 
     on_cell(done, total) is called as code cells start. manager: a kernel manager class that starts the kernel its own way.
-    Raises CellFailed if a cell raises, RunError if the kernel dies; what ran before stays in `output`.
+    Raises CellFailed if a cell raises, RunError if the kernel dies, KeyboardInterrupt if it was stopped; what ran before stays in `output`.
     """
     make_folder(output.parent)
     try:
@@ -61,6 +61,8 @@ def _papermill(notebook: Path, output: Path, parameters: dict[str, Any], on_cell
     except PapermillExecutionError as error:
         raise CellFailed(output, error.cell_index + 1, error.ename, error.evalue) from None
     except DeadKernelError:
+        if getattr(manager, "stopped", False):
+            raise KeyboardInterrupt from None
         raise RunError(f"The kernel of {notebook.name} died (killed, or out of memory); its output so far is in {output}.") from None
 
 

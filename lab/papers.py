@@ -109,7 +109,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; SettingsError naming file and line if it is not one."""
     try:
         content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except FileNotFoundError:
+        raise SettingsError(f"There is no file {path}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
         raise SettingsError(f"{path}, line {line}: not valid YAML ({getattr(error, 'problem', error)}).") from None
     if content is None:

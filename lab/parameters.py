@@ -79,11 +79,14 @@ def parameters_of(notebook: Path) -> dict[str, Parameter]:
 
 def _cells(notebook: Path) -> list[dict[str, Any]]:
     try:
-        return json.loads(Path(notebook).read_text())["cells"]
+        content = json.loads(Path(notebook).read_text())
     except FileNotFoundError:
         raise SettingsError(f"There is no notebook {notebook}.") from None
-    except (ValueError, KeyError, TypeError):
-        raise SettingsError(f"{notebook} is not a notebook file.") from None
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("cells"), list):
+        raise SettingsError(f"{notebook} is not a notebook file.")
+    return content["cells"]
 
 
 def parse_cell(source: str) -> dict[str, Parameter]:

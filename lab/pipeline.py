@@ -28,6 +28,10 @@ class StepFailed(RunError):
     """A step of a run did not finish; the message says where to look and how to go on."""
 
 
+class Interrupted(RunError):
+    """Somebody stopped the run; the message says how to go on."""
+
+
 def run_recipe(
     paper: str,
     recipe: str | None = None,
@@ -55,6 +59,8 @@ def run_recipe(
             live = Live(f"{paper} {recipe}", planned, _history(paper, recipe), show)
             for step in planned:
                 _run_step(run, step, step.step in forced, live)
+    except KeyboardInterrupt:
+        raise Interrupted(f"Stopped. Everything so far is kept; go on with: {_go_on(run)}") from None
     finally:
         run.close()
     return run.folder
@@ -158,8 +164,11 @@ def _run_step(run: runs.Run, planned: papers.Planned, forced: bool, live: "Live"
 
 def _failed(run: runs.Run, name: str, error: LabError) -> None:
     run.record(**{name: {"status": "failed", "error": str(error)}})
-    command = f"lab run {run.manifest['paper']} --run {run.folder} --resume"
-    raise StepFailed(f"Step {name} failed: {error}\nEverything before it is kept; go on with: {command}") from error
+    raise StepFailed(f"Step {name} failed: {error}\nEverything before it is kept; go on with: {_go_on(run)}") from error
+
+
+def _go_on(run: runs.Run) -> str:
+    return f"lab run {run.manifest['paper']} --run {run.folder} --resume"
 
 
 def _history(paper: str, recipe: str) -> dict[str, float]:

@@ -151,7 +151,7 @@ class Run:
         run._take()
         if not (folder / MANIFEST).exists():
             run._write_new_manifest(paper, facts)
-        run.repair()
+        run.repair(facts)
         return run
 
     def _take(self) -> None:
@@ -185,19 +185,19 @@ class Run:
         """The finished step `name`, if there is one."""
         return StepRecord(self.folder / name) if (self.folder / name / STEP).exists() else None
 
-    def repair(self) -> None:
-        """Puts in place what a kill left between the end of a step and its renaming, and brings the manifest up to date."""
+    def repair(self, facts: dict[str, Any]) -> None:
+        """Puts in place what a kill left between the end of a step and its renaming, and brings the manifest up to date with `facts`."""
         for partial in self.folder.glob(".*.partial"):
             if (partial / STEP).exists() and read_json(partial / STEP)["status"] == "done":
                 _put_in_place(partial, self.folder / partial.name[1 : -len(".partial")])
-        self.record()
+        self.record(facts)
 
-    def record(self, **changed: dict[str, Any]) -> None:
-        """Rebuilds the manifest's steps from the step files; `changed` are {step: facts} about steps that have not finished."""
+    def record(self, facts: dict[str, Any] | None = None, **changed: dict[str, Any]) -> None:
+        """Rebuilds the manifest's steps from the step files; `facts` are about the run, `changed` ({step: facts}) about steps."""
         mutex = _wait_lock(self.folder / ".manifest.lock")
         with mutex:
-            manifest = self.manifest
-            steps = {**manifest["steps"], **{name: {**manifest["steps"].get(name, {}), **facts} for name, facts in changed.items()}}
+            manifest = {**self.manifest, **(facts or {})}
+            steps = {**manifest["steps"], **{name: {**manifest["steps"].get(name, {}), **about} for name, about in changed.items()}}
             for record in self.steps():
                 if record.name not in changed:
                     steps[record.name] = record.summary()

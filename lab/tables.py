@@ -43,8 +43,8 @@ def _cell(values: list[Any]) -> Any:
     numbers = [_number(value) for value in values]
     if any(number is None for number in numbers):
         return ", ".join(dict.fromkeys(map(str, values)))
-    if len(numbers) == 1:
-        return {"mean": numbers[0], "low": None, "high": None, "n": 1}
+    if len(numbers) == 1 or not all(map(math.isfinite, numbers)):
+        return {"mean": sum(numbers) / len(numbers) if len(numbers) > 1 else numbers[0], "low": None, "high": None, "n": len(numbers)}
     from lab.stats import mean_interval
 
     interval = mean_interval(numbers)

@@ -1,0 +1,138 @@
+"""The command line: sentences instead of tracebacks, exit statuses that mean something, a quick start."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from lab import cli
+from lab.pipeline import StepFailed
+
+
+def call(monkeypatch, capsys, *arguments):
+    """(exit status, stdout, stderr) of `lab ARGUMENTS` in this process."""
+    monkeypatch.setattr(sys, "argv", ["lab", *arguments])
+    try:
+        cli.main()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    return status or 0, captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "mni"], "Did you mean 'mini'"),
+        (["run", "mini", "--recipe", "toi"], "Did you mean 'toy'"),
+        (["run", "mini", "-p", "cuont=3"], "Did you mean 'count'"),
+        (["run", "mini", "-p", "count=x"], "count = 'x'"),
+        (["run", "mini", "-p", "count"], "write name=value"),
+        (["run", "mini", "--from", "drwa"], "There is no run of mini yet"),
+        (["run", "mini", "--resume"], "There is no run of mini yet"),
+        (["sweep", "mini", "--recipe", "toy", "-p", "seed=a,b"], "seed = 'a'"),
+        (["sweep", "mini", "--recipe", "toy", "-p", "seed="], "no value to go through"),
+        (["sweep", "mini", "--recipe", "toy", "--devices", "7"], "CUDA device 7 was asked for"),
+        (["report", "nowhere"], "is not a run folder"),
+        (["verify", "nowhere"], "is not a run folder"),
+        (["rerun", "nowhere"], "is not a run folder"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence_and_status_2(bench, outputs, monkeypatch, capsys, arguments, words):
+    status, out, err = call(monkeypatch, capsys, *arguments)
+    assert (status, out) == (2, "") and words in err
+    assert err.startswith("lab: ") and len(err.strip().splitlines()) == 1 and "Traceback" not in err
+    assert not outputs.exists()
+
+
+def test_an_option_that_does_not_exist_is_status_2(bench):
+    result = CliRunner().invoke(cli.app, ["run", "mini", "--resme"])
+    assert result.exit_code == 2 and "--resume" in result.output
+
+
+def test_debug_shows_the_traceback(bench, monkeypatch, capsys):
+    from lab.errors import SettingsError
+
+    monkeypatch.setattr(sys, "argv", ["lab", "--debug", "run", "mni"])
+    with pytest.raises(SettingsError):
+        cli.main()
+
+
+def test_a_failed_step_is_status_1(bench, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise StepFailed("Step draw failed.")
+
+    monkeypatch.setattr("lab.pipeline.run_recipe", fail)
+    status, _, err = call(monkeypatch, capsys, "run", "mini")
+    assert (status, err) == (1, "lab: Step draw failed.\n")
+
+
+def test_ctrl_c_says_how_to_go_on(bench, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lab.pipeline._run_step", stop)
+    status, _, err = call(monkeypatch, capsys, "run", "mini")
+    assert status == 130 and "--resume" in err
+
+
+def test_a_dry_run_shows_steps_and_settings_and_makes_nothing(bench, outputs, monkeypatch, capsys):
+    status, out, _ = call(monkeypatch, capsys, "run", "mini", "--dry-run", "-p", "count=9")
+    assert status == 0 and "1. draw (mini/1_draw.ipynb)" in out and "* count = 9" in out and "* factor = 3.0" in out
+    assert not outputs.exists()
+
+
+def test_a_dry_run_asks_the_methods_own_plan(bench, monkeypatch, capsys, tmp_path):
+    package = tmp_path / "extra" / "lab" / "methods" / "mini"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "plan.py").write_text("def describe(settings):\n    return {'optimizer steps': 10 * settings['draw']['count']}\n")
+    import lab.methods
+
+    monkeypatch.setattr(lab.methods, "__path__", [*lab.methods.__path__, str(package.parent)])
+    status, out, _ = call(monkeypatch, capsys, "run", "mini", "--dry-run", "--json")
+    assert status == 0 and json.loads(out)["details"] == {"optimizer steps": 40}
+
+
+def test_papers_lists_steps_and_recipes(bench, monkeypatch, capsys):
+    status, out, _ = call(monkeypatch, capsys, "papers", "--json")
+    assert status == 0
+    assert json.loads(out)["mini"]["steps"] == ["draw", "double", "extra"]
+    assert json.loads(out)["mini"]["recipes"] == ["long", "toy", "toy-claims"]
+
+
+def test_the_doctor_finds_this_environment_fit(bench, monkeypatch, capsys):
+    status, out, _ = call(monkeypatch, capsys, "doctor", "--json")
+    checks = {check["name"]: check for check in json.loads(out)}
+    assert status == 0 and all(check["ok"] for check in checks.values() if check["needed"])
+    assert "mini" in checks["papers"]["found"]
+
+
+def test_the_doctor_says_what_to_do(bench, monkeypatch, capsys):
+    monkeypatch.setattr("sys.version_info", (3, 9, 0))
+    status, out, _ = call(monkeypatch, capsys, "doctor")
+    assert status == 1 and "NO python" in out and "Install Python 3.11" in out
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["sweep"], ["demo"], ["papers"], ["report"], ["verify"], ["rerun"], ["doctor"]])
+def test_every_command_explains_itself(command):
+    result = CliRunner().invoke(cli.app, [*command, "--help"])
+    assert result.exit_code == 0 and "Usage" in result.output
+
+
+@pytest.mark.parametrize("code", ["import lab", "import sys; sys.argv = ['lab', '--help']; import lab.cli; lab.cli.main()"])
+def test_starting_is_quick_and_loads_nothing_heavy(code):
+    heavy = ["torch", "transformers", "peft", "trl", "datasets", "pandas", "numpy", "matplotlib", "papermill", "nbformat"]
+    check = f"import sys, atexit; atexit.register(lambda: print(sorted(set({heavy!r}) & set(sys.modules)), file=sys.stderr)); {code}"
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
+        times.append(time.perf_counter() - began)
+        assert done.returncode == 0 and done.stderr.strip() == "[]"
+    assert min(times) < 1.0

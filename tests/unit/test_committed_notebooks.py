@@ -1,0 +1,53 @@
+"""Committed notebooks: no outputs, the same first cells everywhere, thin."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from lab.parameters import TAG, parameters_of
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = [path for folder in ("notebooks", "tests/fixtures/bench/notebooks") for path in sorted((ROOT / folder).rglob("*.ipynb"))]
+NOTEBOOKS = [path for path in NOTEBOOKS if ".ipynb_checkpoints" not in path.parts]
+MOST_LINES = 15
+pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=[str(path.relative_to(ROOT)) for path in NOTEBOOKS])
+
+
+def cells(path, kind=None):
+    content = json.loads(path.read_text())
+    return [cell for cell in content["cells"] if kind in (None, cell["cell_type"])]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def test_no_outputs_are_committed(path):
+    content = json.loads(path.read_text())
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells(path, "code"))
+    assert set(content["metadata"]) <= {"kernelspec", "language_info"}, "widget state or papermill's record was left"
+    assert all(set(cell["metadata"]) <= {"tags"} for cell in content["cells"])
+    assert content["metadata"]["kernelspec"]["name"] == "python3"
+
+
+def test_the_first_cells_are_title_parameters_and_set_up(path):
+    title, parameters, setup, *_ = cells(path)
+    assert title["cell_type"] == "markdown" and source(title).startswith("# ") and len(source(title).splitlines()) > 1
+    assert TAG in parameters["metadata"].get("tags", [])
+    assert setup["cell_type"] == "code" and "import" in source(setup)
+
+
+def test_every_parameter_says_what_it_means(path):
+    assert [name for name, parameter in parameters_of(path).items() if not parameter.meaning] == []
+
+
+def test_cells_call_and_show(path):
+    for cell in cells(path, "code"):
+        if TAG in cell["metadata"].get("tags", []):
+            continue
+        tree = ast.parse(source(cell))
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)], "a class belongs in lab/"
+        lines = [line for line in source(cell).splitlines() if line.strip() and not line.strip().startswith("#")]
+        assert len(lines) <= MOST_LINES, f"{len(lines)} lines in one cell: logic belongs in lab/"
