@@ -78,7 +78,7 @@ def _is_words(latex: str) -> bool:
 def _letters(latex: str) -> str:
     """The words of an answer, lower case, without marks and brackets."""
     text = re.sub(r"\\[ ,;:!]", " ", re.sub(_WORDS, r"\1", latex))
-    return " ".join(re.sub(r"[^\w'/.-]", " ", text).lower().split()).strip(".")
+    return " ".join(re.sub(r"[^\w'/.-]", " ", text).lower().split()).strip(". ")
 
 
 def _math(latex: str) -> str:

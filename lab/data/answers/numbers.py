@@ -39,10 +39,10 @@ _NUMBER = re.compile(
     rf"(?:[eE](?P<e>[+-]?\d+)(?!\w))?(?:\s*[x×*]\s*10\s*(?:\^|\*\*)\s*(?P<scale>{_EXPONENT}))?"
     rf"(?:(?:\s*\^\s*|\*\*(?=[+-]?\d))(?P<power>{_EXPONENT}))?"
 )
-_CURRENCY = re.compile(r"(?:(?:US|CA|A|C|HK|NZ|S)?[$€£¥₹₩₽฿]|(?<![A-Za-z])(?:USD|EUR|GBP|INR|CAD|AUD|Rs\.?))\s*$")
-_LETTERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+$")
+_CURRENCY = re.compile(r"(?:(?:US|CA|A|C|HK|NZ|S)?[$€£¥₹₩₽฿]|(?<![A-Za-z])(?:USD|EUR|GBP|INR|CAD|AUD|Rs\.?))\s*\Z")
+_LETTERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+\Z")
 _SLASH = re.compile(r" ?/ ?(?=\.?\d)")
-_EXPONENT_OF = re.compile(r"\^\s*[{(]?\s*[+-]?\s*$|[A-Za-z0-9)}]_\{?$")
+_EXPONENT_OF = re.compile(r"\^\s*[{(]?\s*[+-]?\s*\Z|[A-Za-z0-9)}]_\{?\Z")
 _LARGEST = 4000
 
 
@@ -78,7 +78,7 @@ def numbers(text: str, starts_list: bool = False) -> Iterator[Found]:
 
 def _in_word(before: str) -> bool:
     """Whether a digit that follows `before` belongs to a word such as H2O (and to no LaTeX command, currency or product)."""
-    return bool(_LETTERS.search(before)) and not _CURRENCY.search(before) and not re.search(r"\d ?x$", before)
+    return bool(_LETTERS.search(before)) and not _CURRENCY.search(before) and not re.search(r"\d ?x\Z", before)
 
 
 def _read(text: str, match: re.Match, before: str) -> tuple[Fraction | None, int]:
@@ -88,7 +88,7 @@ def _read(text: str, match: re.Match, before: str) -> tuple[Fraction | None, int
     if match["mixed"] and int(match["over"]) >= int(match["under"]):
         return Fraction(int(match["whole"])), match.end("whole")
     slash = _SLASH.match(text, match.end())
-    under = _NUMBER.match(text, slash.end()) if slash and not re.search(r"\d ?/ ?$", before) else None
+    under = _NUMBER.match(text, slash.end()) if slash and not re.search(r"\d ?/ ?\Z", before) else None
     if under is None or _SLASH.match(text, under.end()):
         return _value(match), match.end()
     a, b = _value(match), _value(under)
@@ -120,18 +120,18 @@ def _sign(before: str, starts_list: bool) -> tuple[int, bool]:
     bare = before
     while (shorter := _CURRENCY.sub("", bare)) != bare:
         bare = shorter
-    if word := re.search(r"\b(negative|minus)\s*$", bare, re.IGNORECASE):
-        between = word[1].lower() == "minus" and re.search(r"[\d%)]\s*$", bare[: word.start()])
+    if word := re.search(r"\b(negative|minus)\s*\Z", bare, re.IGNORECASE):
+        between = word[1].lower() == "minus" and re.search(r"[\d%)]\s*\Z", bare[: word.start()])
         return (0, False) if between else (len(before) - word.start(), True)
-    sign = re.search(r"-(\s*)$", bare)
+    sign = re.search(r"-(\s*)\Z", bare)
     left = bare[: sign.start()] if sign else ""
-    if not sign or re.search(r"[\d%)}][\s$€£]*$", left):
+    if not sign or re.search(r"[\d%)}][\s$€£]*\Z", left):
         return 0, False
     if sign[1]:
         bullet = starts_list and not left.rpartition("\n")[2].strip()
-        alone = not bullet and re.search(r"(?:^|[=(\[{,:$\n])\s*$", left)
+        alone = not bullet and re.search(r"(?:^|[=(\[{,:$\n])\s*\Z", left)
     else:
-        alone = not re.search(r"[^\W\d_]$", left) or re.search(r"\\[A-Za-z]+$", left)
+        alone = not re.search(r"[^\W\d_]\Z", left) or re.search(r"\\[A-Za-z]+\Z", left)
     return (len(before) - sign.start(), True) if alone else (0, False)
 
 

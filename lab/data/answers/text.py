@@ -11,6 +11,7 @@ _HASHES = re.compile(r"#+")
 _PHRASE = re.compile(
     r"\bthe\s+(?:correct\s+)?(?:final\s+)?(?:answer|option|choice)\s+is\b[*_]*:?|(?<![^\W_])answer[*_\s]*[:：]", re.IGNORECASE
 )
+_REACH = 2000  # characters behind a marker that are looked at: keeps outputs that repeat a marker for ever cheap
 _HEADING = re.compile(
     r"[\s*_]*(?:(?:step|part|case|section|stage|phase|problem|question|example|solution|method|approach|explanation)\b"
     r"|(?:the\s+)?(?:final\s+)?(?:answer|result|conclusion|summary)[\s*_:]*$)",
@@ -51,7 +52,7 @@ def read(text: str, after: Callable[[Marker], str | None], anywhere: Callable[[s
 
 
 def _line(text: str, begin: int) -> str:
-    return text[begin:].partition("\n")[0]
+    return text[begin : begin + _REACH].partition("\n")[0]
 
 
 def _boxes(text: str) -> Iterator[Marker]:
@@ -64,6 +65,7 @@ def _boxes(text: str) -> Iterator[Marker]:
 def _balanced(text: str, begin: int) -> str | None:
     """From just behind an opening brace to its closing one, or to the end of the text where it stays open."""
     depth, at = 1, begin
+    text = text[: begin + _REACH]
     while at < len(text):
         if text[at] == "\\":
             at += 1
@@ -85,4 +87,4 @@ def _hashes(text: str) -> Iterator[Marker]:
 def _phrases(text: str) -> Iterator[Marker]:
     for match in _PHRASE.finditer(text):
         kind = "is" if match[0].lower().startswith("the") else "answer"
-        yield Marker(match.start(), kind, _line(text, match.end()), text[match.end() :])
+        yield Marker(match.start(), kind, _line(text, match.end()), text[match.end() : match.end() + _REACH])
