@@ -1,0 +1,210 @@
+"""What was answered: samples with votes and scores, the beams they grew from, and who got what wrong between two models."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+
+from lab.errors import DataError, unknown
+from lab.trace import Trace
+from lab.view.base import View, ansi, escape, grid, number, plain
+from lab.view.tokens import verdict
+
+_COLUMNS = ("question", "sample", "answer", "gold", "correct", "votes", "score", "finish", "text")
+_SIGNS = {True: "✓", False: "✗"}
+
+
+@dataclass(frozen=True, repr=False)
+class Samples(View):
+    """A sortable table of samples; see `lab.view.samples`."""
+
+    trace: Trace
+    sort: str = ""
+    limit: int = 200
+    script = "samples.js"
+
+    def __post_init__(self) -> None:
+        if self.sort and self.sort.lstrip("-") not in self.rows:
+            raise unknown("column to sort by", self.sort.lstrip("-"), self.rows.columns)
+
+    @property
+    def title(self) -> str:
+        return f"{self.trace.method}: {len(self.trace.samples)} samples"
+
+    @cached_property
+    def rows(self) -> pd.DataFrame:
+        """The samples with `votes` (how many of the question's samples answer the same) and `voted` (the majority does; first on ties)."""
+        samples = self.trace.samples
+        votes = [Counter(part["answer"][part["answer"] != ""]) for _, part in samples.groupby("question", sort=False)]
+        by_question = dict(zip(dict.fromkeys(samples["question"]), votes, strict=True))
+        counts = [by_question[row["question"]][row["answer"]] for row in samples.to_dict("records")]
+        winners = {question: next(iter(count.most_common(1)), ("", 0))[0] for question, count in by_question.items()}
+        voted = [bool(row["answer"]) and winners[row["question"]] == row["answer"] for row in samples.to_dict("records")]
+        return samples.assign(votes=counts, voted=voted)
+
+    def table(self) -> pd.DataFrame:
+        rows = self.rows
+        return rows.sort_values(self.sort.lstrip("-"), ascending=not self.sort.startswith("-"), kind="stable") if self.sort else rows
+
+    def body(self) -> str:
+        if self.trace.samples.empty:
+            return "<p>No samples were recorded.</p>"
+        hidden = len(self.rows) - self.limit
+        more = f'<p class="soft">{hidden} more samples: raise limit=.</p>' if hidden > 0 else ""
+        return f'<p class="note">{escape(self.state())}</p>{self._grid()}{more}{self._trees()}'
+
+    def state(self) -> str:
+        """One sentence of totals: samples, right ones, questions right by vote, questions with any right sample."""
+        rows = self.rows
+        said = f"{len(rows)} samples of {rows['question'].nunique()} questions"
+        judged = rows[rows["correct"].notna()]
+        if judged.empty:
+            return said + "."
+        right = judged["correct"].astype(bool)
+        said += f"; {right.mean():.1%} of samples correct"
+        if (rows.groupby("question").size() > 1).any():
+            by_vote = (right & judged["voted"]).groupby(judged["question"]).any()
+            said += f"; majority vote {by_vote.mean():.1%}, any sample right {right.groupby(judged['question']).any().mean():.1%}"
+        return said + "."
+
+    def text(self, width: int = 100, color: bool = True) -> str:
+        lines = [plain(self.state())] if len(self.rows) else ["No samples were recorded."]
+        for row in self.table().head(self.limit).to_dict("records"):
+            sign = _SIGNS.get(row["correct"] if row["correct"] is not pd.NA else None, " ")
+            score = "" if row["score"] != row["score"] else f" score {number(row['score'])}"
+            facts = f"gold {row['gold'] or '–'}, {row['votes']} votes{score}"
+            line = f"{sign} {row['question']}/{row['sample']}  {row['answer'] or '–'}  ({facts})"
+            lines.append(ansi(plain(line)[:width].replace("\n", "↵"), *((32,) if sign == "✓" and color else ())))
+        return "\n".join(lines)
+
+    def _grid(self) -> str:
+        names = [name for name in _COLUMNS if name in ("question", "sample") or _told(self.rows[name])]
+        head = "".join(f'<th scope="col" aria-sort="none"><button type="button">{name}</button></th>' for name in names)
+        lines = "".join(_line(row, names) for row in self.table().head(self.limit).to_dict("records"))
+        return (
+            f'<div class="scroll" tabindex="0"><table class="sortable"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+        )
+
+    def _trees(self) -> str:
+        grown = [part for _, part in self.rows.groupby("question", sort=False) if (part["parent"] >= 0).any()]
+        return "".join(
+            f"<details open><summary>beams of question {escape(part['question'].iloc[0])}</summary>{tree(part)}</details>" for part in grown
+        )
+
+
+def samples(trace: Trace, sort: str = "", *, question: Any = None, limit: int = 200) -> Samples:
+    """The samples of a trace with votes, and beam trees where parents were recorded; `sort` names a column ("-score": highest first)."""
+    return Samples(trace.select(question), sort, limit)
+
+
+@dataclass(frozen=True, repr=False)
+class Versus(View):
+    """Who got what wrong; see `lab.view.versus`."""
+
+    first: Trace
+    second: Trace
+    names: tuple[str, str]
+    limit: int = 50
+
+    @property
+    def title(self) -> str:
+        return f"{self.names[0]} against {self.names[1]}"
+
+    @cached_property
+    def pairs(self) -> pd.DataFrame:
+        """One row per (question, sample) both have a verdict on: gold, and answer and correct of each."""
+        keep = ["question", "sample", "gold", "answer", "correct"]
+        ours, theirs = (trace.samples[trace.samples["correct"].notna()][keep] for trace in (self.first, self.second))
+        pairs = ours.merge(theirs.drop(columns="gold"), on=["question", "sample"], suffixes=("_a", "_b"))
+        if pairs.empty:
+            raise DataError("The two traces share no judged sample: nothing to compare.")
+        return pairs
+
+    def table(self) -> pd.DataFrame:
+        return self.pairs
+
+    def counts(self) -> dict[tuple[bool, bool], int]:
+        """How many pairs are (first right, second right)."""
+        found = Counter(zip(self.pairs["correct_a"].astype(bool), self.pairs["correct_b"].astype(bool), strict=True))
+        return {(a, b): found[a, b] for a in (True, False) for b in (True, False)}
+
+    def body(self) -> str:
+        one, two = map(escape, self.names)
+        count = self.counts()
+        head = ["", f"{two} ✓ right", f"{two} ✗ wrong"]
+        rows = [
+            [f"{one} ✓ right", f"{count[True, True]}", f"{count[True, False]}"],
+            [f"{one} ✗ wrong", f"{count[False, True]}", f"{count[False, False]}"],
+        ]
+        square = grid(head, rows, f"{len(self.pairs)} samples that both answered")
+        return square + self._list(True, f"Only {one} is right") + self._list(False, f"Only {two} is right")
+
+    def text(self, width: int = 100, color: bool = True) -> str:
+        count = self.counts()
+        lines = [f"both right {count[True, True]}, only {self.names[0]} {count[True, False]}, only {self.names[1]} {count[False, True]}, "]
+        lines[0] += f"neither {count[False, False]}"
+        for row in self.pairs[self.pairs["correct_a"] != self.pairs["correct_b"]].head(self.limit).to_dict("records"):
+            lines.append(f"{row['question']}/{row['sample']}: {row['answer_a']} against {row['answer_b']} (gold {row['gold']})"[:width])
+        return plain("\n".join(lines))
+
+    def _list(self, first_right: bool, caption: str) -> str:
+        part = self.pairs[(self.pairs["correct_a"] == first_right) & (self.pairs["correct_b"] != first_right)].head(self.limit)
+        names = ["question", "sample", "gold", "answer_a", "answer_b"]
+        rows = [[escape(row[name]) for name in names] for row in part.to_dict("records")]
+        heads = ["question", "sample", "gold", *(f"answer of {escape(name)}" for name in self.names)]
+        return grid(heads, rows, caption) if rows else f'<p class="soft">{caption}: none.</p>'
+
+
+def versus(first: Trace, second: Trace, names: tuple[str, str] | None = None, limit: int = 50) -> Versus:
+    """Which questions one trace's model got right and the other's did not, for the (question, sample) pairs both answered."""
+    titles = (first.method, second.method) if first.method != second.method else (f"{first.method} A", f"{second.method} B")
+    made = Versus(first, second, names or titles, limit)
+    _ = made.pairs
+    return made
+
+
+def tree(rows: pd.DataFrame) -> str:
+    """Nested lists of a question's samples, each under the one it grew from, with its score; samples without an answer are dimmed."""
+    children: dict[int, list[dict[str, Any]]] = {}
+    known = set(rows["sample"])
+    for row in rows.to_dict("records"):
+        children.setdefault(row["parent"] if row["parent"] in known and row["parent"] != row["sample"] else -1, []).append(row)
+    return _branch(children, children.get(-1, []), set())
+
+
+def _branch(children: dict[int, list[dict[str, Any]]], rows: Sequence[dict[str, Any]], seen: set[int]) -> str:
+    items = []
+    for row in rows:
+        if row["sample"] not in seen:
+            seen.add(row["sample"])
+            score = "" if row["score"] != row["score"] else f" <small>score {number(row['score'])}</small>"
+            answer = f" <b>{escape(row['answer'])}</b> {verdict(row['correct'])}" if row["answer"] else ""
+            dim = "" if answer else ' class="soft"'
+            items.append(f"<li{dim}>sample {row['sample']}{score}{answer}{_branch(children, children.get(row['sample'], []), seen)}</li>")
+    return f'<ul class="tree">{"".join(items)}</ul>' if items else ""
+
+
+def _told(values: pd.Series) -> bool:
+    return bool(values.notna().any()) if values.dtype.kind in "fb" or str(values.dtype) == "boolean" else bool((values != "").any())
+
+
+def _line(row: dict[str, Any], names: list[str]) -> str:
+    return "<tr>" + "".join(_cell(name, row[name], row) for name in names) + "</tr>"
+
+
+def _cell(name: str, value: Any, row: dict[str, Any]) -> str:
+    if name == "correct":
+        known = value is not pd.NA
+        return f'<td data-v="{int(value) if known else -1}">{verdict(value)}</td>'
+    if name == "text":
+        return (
+            f"<td><details><summary>{escape(value[:40])}…</summary><pre>{escape(value)}</pre></details></td>"
+            if len(value) > 60
+            else f"<td>{escape(value)}</td>"
+        )
+    if isinstance(value, int | float):
+        return f'<td class="num" data-v="{value}">{number(value)}{" ★" if name == "votes" and row["voted"] else ""}</td>'
+    return f"<td>{escape(value)}</td>"

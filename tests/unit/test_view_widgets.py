@@ -1,0 +1,97 @@
+"""Live forms without a browser. Run: pytest tests/unit/test_view_widgets.py"""
+
+import asyncio
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lab import view
+from lab.errors import DataError
+from lab.trace import Trace
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def decided():
+    tokens = [
+        {"question": q, "pos": p, "text": "abc"[p], "iterations": 1 + (p == 2), "decider_prob": p / 2, "prob": 0.5}
+        for q in (0, 1)
+        for p in range(3)
+    ]
+    return Trace.build("tah", tokens=tokens, meta={"threshold": 0.6, "max_iter": 2})
+
+
+def test_the_bundle_holds_the_live_widget_and_the_same_picture_as_html_and_text():
+    explorer = view.explore(decided())
+    bundle = explorer._repr_mimebundle_()
+    assert set(bundle) == {WIDGET, "text/html", "text/plain"}
+    assert bundle["text/html"] == explorer.view.html() and "ab" in bundle["text/plain"] and "c‹2›" in bundle["text/plain"]
+
+
+def test_the_threshold_starts_where_it_was_recorded_and_decides_again():
+    explorer = view.explore(decided())
+    assert explorer.controls["threshold"].value == 0.6 and "recorded: 1.333" in explorer.picture.value
+    before = explorer.picture.value
+    explorer.controls["threshold"].value = 0.4
+    assert explorer.picture.value != before and "1.667 passes a token" in explorer.picture.value
+    assert explorer.view.trace.tokens["iterations"].tolist() == [1, 2, 2]
+
+
+def test_sample_and_channel_are_picked():
+    explorer = view.explore(decided(), "prob")
+    assert explorer.controls["channel"].value == "prob" and 'data-c0="0.50"' in explorer.picture.value
+    explorer.controls["channel"].value = "iterations"
+    assert 'data-c0="2"' in explorer.picture.value and "prob" not in explorer.view.html().split("<form")[0].split("</style>")[-1]
+    explorer.controls["sample"].value = (1, 0)
+    assert "question <b>1</b>" in explorer.picture.value
+
+
+def test_controls_appear_only_for_what_was_recorded():
+    plain = Trace.build("codi", tokens=[{"question": 0, "pos": 0, "text": "x", "prob": 0.5}])
+    assert set(view.explore(plain).controls) == {"sample", "channel"}
+    gated = Trace.build("dtt", tokens=[{"question": 0, "pos": 0, "text": "x", "gate_logit": 1.0, "gate": 0.7}])
+    explorer = view.explore(gated)
+    explorer.controls["temperature"].value = 0.1
+    assert "mean gate 1.000" in explorer.picture.value
+    with pytest.raises(DataError, match="no tokens"):
+        view.explore(Trace.build("tah"))
+
+
+def test_fewer_thoughts_on_request():
+    thoughts = [{"question": 0, "step": k, "top_texts": ["x"], "top_probs": [0.5]} for k in range(3)]
+    explorer = view.explore_thoughts(Trace.build("codi", thoughts=thoughts))
+    assert explorer.picture.value.count('class="cand') == 3
+    explorer.controls["count"].value = 1
+    assert explorer.picture.value.count('class="cand') == 1
+
+
+def test_a_watched_training_follows_its_folder(tmp_path):
+    def log(step):
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, "loss": 1.0}) + "\n")
+
+    async def session():
+        log(1)
+        watched = view.watch(tmp_path, seconds=0.01)
+        assert "at step 1" in watched.picture.value
+        log(2)
+        for _ in range(200):
+            await asyncio.sleep(0.01)
+            if "at step 2" in watched.picture.value:
+                break
+        assert "at step 2" in watched.picture.value
+        watched.stop()
+        await asyncio.sleep(0)
+        return watched
+
+    watched = asyncio.run(session())
+    log(3)
+    watched.refresh()
+    assert "at step 3" in watched.picture.value and "at step 3" in str(watched)
+
+
+def test_views_import_neither_models_nor_widgets():
+    code = "import sys; from lab import view; assert not {'torch', 'transformers', 'ipywidgets', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
