@@ -171,14 +171,17 @@ class Plan:
         return type(self)(**{name: value if name == "counts" else value.to(device) for name, value in moved.items()})
 
 
-def collate(rows: Sequence[Row]) -> Plan:
-    """The plan of `rows`; DataError for an empty batch, a row that does not line up, or one without a prompt."""
+def collate(rows: Sequence[Row], pad: int = 0) -> Plan:
+    """The plan of `rows`, its padding filled with the id `pad`.
+
+    Raises DataError for an empty batch, a row that does not line up, or one without a prompt.
+    """
     if not rows:
         raise DataError("A batch without rows.")
     for row in rows:
         if not row.prompt or not row.after or len(row.labels) != len(row.prompt) + len(row.after):
             raise DataError("A row needs a prompt, something after its thoughts, and one label for each token of both.")
-    prompt, after = left([row.prompt for row in rows]), right([row.after for row in rows])
+    prompt, after = left([row.prompt for row in rows], pad), right([row.after for row in rows], pad)
     before, prompts, lead, afters = _labels(rows, prompt.ids.shape[1], after.ids.shape[1])
     reasoning = torch.zeros(after.ids.shape, dtype=torch.bool)
     for index, row in enumerate(rows):
@@ -187,16 +190,16 @@ def collate(rows: Sequence[Row]) -> Plan:
     return Plan(prompt, counts, after, before, prompts, lead, afters, target, reasoning)
 
 
-def left(rows: Sequence[Sequence[int]]) -> Side:
+def left(rows: Sequence[Sequence[int]], pad: int = 0) -> Side:
     """Ids padded on the left."""
     width = max(map(len, rows))
-    return _side([[0] * (width - len(row)) + list(row) for row in rows], [range(width - len(row), width) for row in rows])
+    return _side([[pad] * (width - len(row)) + list(row) for row in rows], [range(width - len(row), width) for row in rows])
 
 
-def right(rows: Sequence[Sequence[int]]) -> Side:
+def right(rows: Sequence[Sequence[int]], pad: int = 0) -> Side:
     """Ids padded on the right."""
     width = max(map(len, rows))
-    return _side([list(row) + [0] * (width - len(row)) for row in rows], [range(len(row)) for row in rows])
+    return _side([list(row) + [pad] * (width - len(row)) for row in rows], [range(len(row)) for row in rows])
 
 
 def _side(ids: list[list[int]], real: list[range]) -> Side:
@@ -250,9 +253,9 @@ class Pair:
         return Pair(self.question.to(device), self.teacher.to(device), self.student.to(device))
 
 
-def collate_pairs(pairs: Sequence[tuple[Row, Row]]) -> Pair:
+def collate_pairs(pairs: Sequence[tuple[Row, Row]], pad: int = 0) -> Pair:
     """The batch of (teacher, student) rows; the teacher's prompt is the question, the student's what it reads after the question."""
-    teacher, student = collate([row for row, _ in pairs]), collate([row for _, row in pairs])
+    teacher, student = collate([row for row, _ in pairs], pad), collate([row for _, row in pairs], pad)
     if student.prompt.valid is not None:
         raise DataError("Students read the same number of tokens between the question and their thoughts.")
     return Pair(teacher.prompt, teacher, student)

@@ -150,6 +150,7 @@ class Ask:
         samples: answers a question. first: number of the first question (draws are keyed by seed, question and sample).
         batch: most rows at a time. top: candidates to keep of each thought (0 = none). vectors: keep the thoughts themselves.
         channels: notes of the policy to keep per thought. dropout: a Monte Carlo dropout regime.
+        sort: put prompts of like length into one batch; otherwise in the order given.
     """
 
     samples: int = 1
@@ -161,6 +162,7 @@ class Ask:
     vectors: bool = False
     channels: tuple[str, ...] = ()
     dropout: DropoutRegime | None = None
+    sort: bool = True
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.batch < 1 or self.budget.answer < 1:
@@ -169,18 +171,26 @@ class Ask:
             )
 
 
-def respond(model, prompts: Sequence[Sequence[int]], policy: Callable[[list[int]], Policy], ask: Ask) -> Responses:
+def respond(
+    model,
+    prompts: Sequence[Sequence[int]],
+    policy: Callable[[list[int]], Policy],
+    ask: Ask,
+    prompt_of: Callable[[Any, list], Prompt] = Prompt.of_ids,
+) -> Responses:
     """Answers to prompts (ids), the same whatever the batch.
 
     Args:
         model: with `decoder`, `tokenizer` and `method`.
         policy: from the numbers of a batch's questions (places in `prompts`) to the policy for them; a policy that needs a value
             per row repeats it `ask.samples` times.
+        prompt_of: (decoder, prompts) -> what the loop reads.
     """
     found: list[tuple[Response, Tensor | None]] = []
     passes = 0
-    for group in groups([len(prompt) for prompt in prompts], max(1, ask.batch // ask.samples)):
-        done, top = _run(model.decoder, policy(group), [prompts[i] for i in group], group, ask)
+    lengths = [len(prompt) if ask.sort else 0 for prompt in prompts]
+    for group in groups(lengths, max(1, ask.batch // ask.samples)):
+        done, top = _run(model.decoder, policy(group), prompt_of(model.decoder, [prompts[i] for i in group]), group, ask)
         passes += done.passes
         found += _responses(model, prompts, group, done, top, ask)
     found.sort(key=lambda pair: (pair[0].question, pair[0].sample))
@@ -194,13 +204,12 @@ def groups(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _run(decoder, policy: Policy, prompts: list, group: list[int], ask: Ask) -> tuple[Rollout, Candidates | None]:
+def _run(decoder, policy: Policy, prompt: Prompt, group: list[int], ask: Ask) -> tuple[Rollout, Candidates | None]:
     device = decoder.table.weight.device
     number = torch.tensor([ask.first + i for i in group for _ in range(ask.samples)], device=device)
     draws = Keyed.of(ask.seed, number, torch.arange(ask.samples, device=device).repeat(len(group)))
     keep = ("thoughts", "logprob", *ask.channels, *(("state",) if ask.top else ()))
     policy = Watched(policy) if ask.top else policy
-    prompt = Prompt.of_ids(decoder, prompts)
     done = rollout(decoder, policy, prompt, ask.samples, draws, budget=ask.budget, dropout=ask.dropout, keep=keep)
     states = done.notes.get("state")
     return done, None if states is None else read_states(decoder, states, ask.top)
@@ -210,11 +219,7 @@ def _responses(
     model, prompts, group: list[int], done: Rollout, top: Candidates | None, ask: Ask
 ) -> Iterator[tuple[Response, Tensor | None]]:
     logprobs, counts, capped = done.notes["logprob"].tolist(), done.counts.tolist(), done.capped.tolist()
-    thoughts = (
-        model.decoder.table.weight.new_zeros(len(counts), 0, model.decoder.table.weight.shape[1])
-        if done.thoughts is None
-        else done.thoughts
-    )
+    thoughts = model.decoder.table.weight[:0].expand(len(counts), 0, -1) if done.thoughts is None else done.thoughts
     norms = thoughts.float().norm(dim=-1).tolist()
     for place, ids in enumerate(done.answers()):
         number, count = group[place // ask.samples], counts[place]

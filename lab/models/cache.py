@@ -236,7 +236,7 @@ class SlotKV:
             return replace(span, causal=True)
         slots = (self.pos[:, None, :stop], self.depth[:, None, :stop])
         visible = self.rule(pos[:, :, None], self.depth[:, start:stop, None], *slots)
-        return replace(span, bias=(bias_of(visible) + self.blocked[:, None, :stop])[:, None])
+        return replace(span, bias=torch.minimum(bias_of(visible), self.blocked[:, None, :stop])[:, None])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, span: Span, p: float = 0.0) -> Tensor:
         """Writes `k`, `v` (R, H_kv, t, head) of one layer and attends from `q` (R, H, t, head); (R, t, H·head)."""
