@@ -36,9 +36,9 @@ def adapter_state():
         name = key.replace(".modules_to_save.default", "").replace(".default.weight", ".weight")
         if "_base_model." in key and ".lora_" not in key:
             base[name.removeprefix("base_model.model._base_model.").replace(".base_layer", "")] = value
-        if "_base_model.model.layers" not in key or ".lora_" in key:
-            if "norm.weight" not in key or "recurrent_filter" in key:
-                state[name] = value
+        mine = "recurrent_filter" in key or "_embed." in key or ".lora_" in key
+        if mine or "embed_tokens" in key or "lm_head" in key:
+            state[name] = value
     return state, base
 
 

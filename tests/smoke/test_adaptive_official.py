@@ -165,7 +165,8 @@ def test_calls_are_one_and_the_longest_thought(model):
         )
         assert calls == count
         rows = prepared(model, name, **CODI).rows
-        ours = _counting(model.thinker, lambda rows=rows: SFT(Distil(**DATA[name], **CODI))(model, batch_of(rows)))
+        loss = SFT(Distil(**DATA[name], **CODI))
+        ours = _counting(model.thinker, lambda rows=rows, loss=loss: loss(model, batch_of(rows)))
         assert ours == 3 + max(student.thoughts for _, student in rows)  # question, teacher, START, thoughts (the last with the answer)
 
 

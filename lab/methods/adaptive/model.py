@@ -5,8 +5,10 @@ embedding of END, and the states at START and CONTINUE go to the two-way head in
 Axes: R rows, t columns, D width, V vocabulary.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lab.errors import DataError, SettingsError, unknown
-from lab.methods.adaptive.config import AdaptiveSettings
+from lab.methods.adaptive.config import TOKENS, AdaptiveSettings
 from lab.models.decoder import Out, decoder_for
 from lab.models.latent_model import LatentModel
+from lab.models.tokenizers import require
 
 FILTERS = ("MLP", "linear", "linear_ln", "linear_ECF", "SRE", "none")
 _ROWS = {"tied": ("start", "end", "continue", "stop"), "untied": ("start_in", "end_in", "start_out", "continue_out", "stop_out")}
@@ -144,6 +147,25 @@ class AdaptiveModel(LatentModel):
         parts = Parts(backbone.config.hidden_size, s).to(next(backbone.parameters()).dtype)
         return cls(backbone, tokenizer, s, parts, source)
 
+    @classmethod
+    def start(cls, backbone, tokenizer, settings: AdaptiveSettings, *, multiple: int = 128) -> "AdaptiveModel":
+        """A model to train: the four tokens are added (unless they are there), the embedding grows to a multiple of `multiple`.
+
+        New rows are drawn around the mean of the old ones, as transformers does; rows beyond the tokenizer are never said.
+        """
+        require(tokenizer, eos=True)
+        tokenizer.add_special_tokens({"additional_special_tokens": list(TOKENS)}, replace_additional_special_tokens=False)
+        table = backbone.get_input_embeddings().weight
+        if len(tokenizer) > table.shape[0]:
+            backbone.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=multiple)
+        ids = dict(zip(("start", "end", "go_on", "stop"), tokenizer.convert_tokens_to_ids(list(TOKENS)), strict=True))
+        rows = backbone.get_input_embeddings().weight.shape[0]
+        backbone.config.vocab_size = rows
+        model = cls.build(backbone, tokenizer, settings.but(**ids, unused=list(range(len(tokenizer), rows))))
+        if settings.filter == "linear_ECF":
+            model.parts.recurrent_filter.from_embeddings(backbone.get_input_embeddings().weight[: len(tokenizer)])
+        return model
+
     @property
     def config(self) -> AdaptiveSettings:
         """The checked settings."""
@@ -162,6 +184,11 @@ class AdaptiveModel(LatentModel):
         if made is None or made[0] is not head or made[1] != head.device:
             made = self.__dict__["_thinker"] = (head, head.device, Thinker(decoder_for(self.backbone), self.parts, self.config))
         return made[2]
+
+    @property
+    def decoder(self) -> Thinker:
+        """The same, under the name that the engines use."""
+        return self.thinker
 
     def add_lora(self, rank: int, alpha: float, dropout: float, targets: list[str]) -> None:
         """Freezes the backbone, puts LoRA into its linears, and gives the special tokens modules of their own (2B.1)."""
@@ -219,6 +246,23 @@ class AdaptiveModel(LatentModel):
             self.but(special="")
         self.__dict__.pop("_thinker", None)
         return self
+
+    def _write(self, folder: Path, backbone_name: str) -> None:
+        """Our own format never holds LoRA: it is folded in first, in a copy."""
+        if "lora" not in self.__dict__ and not self.config.special:
+            super()._write(folder, backbone_name)
+            return
+        copied = copy.deepcopy(self).merge()
+        LatentModel._write(copied, folder, "")
+
+    def __deepcopy__(self, memo: dict) -> "AdaptiveModel":
+        lora = self.__dict__.get("lora")
+        backbone = copy.deepcopy(lora if lora is not None else self.backbone, memo)
+        plain = backbone.get_base_model() if lora is not None else backbone
+        made = type(self)(plain, self.tokenizer, dict(self.settings), copy.deepcopy(self.parts, memo), self.source)
+        if lora is not None:
+            made.__dict__["lora"] = backbone
+        return made
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
