@@ -59,13 +59,14 @@ class Depth(Protocol):
 
 @dataclass
 class Start:
-    """Where the prompts end: cache, summed states (R, D) of the last prompt token, its position (R,), records of the prompt."""
+    """Where the prompts end: cache, summed states (R, D) of the last prompt token, its position (R,), and records of the prompt (R, P)."""
 
     kv: SlotKV
     total: Tensor
     pos: Tensor
     iterations: Tensor
     prob: Tensor
+    ce: Tensor
     passes: "list[PassRecord]" = field(default_factory=list)
 
 
@@ -90,7 +91,8 @@ class DeepRollout:
         tokens: (R, A), -1 after the end (a stop token is not kept). lengths: (R,).
         finish: (R,) 0 = stopped by a stop token, 1 = cut at the budget.
         iterations: (R, P + A) passes spent on reading the token at a position, 0 = never read.
-        prob: (R, P + A) probability of a second pass there, NaN = not asked. logprob: (R, A) of the tokens said.
+        prob: (R, P + A) probability of a second pass there, NaN = not asked. logprob: (R, A) of the tokens said, as they were drawn.
+        ce: (R, P + A) cross-entropy of the token at a position under the unfiltered distribution, if passes are kept.
         logits: (R, A, V) that chose each token, if kept. passes: per pass records, if kept.
         steps: decoder calls after the prompt; row_steps: live rows summed over them.
     """
@@ -101,6 +103,7 @@ class DeepRollout:
     iterations: Tensor
     prob: Tensor
     logprob: Tensor
+    ce: Tensor
     logits: Tensor | None
     passes: list[PassRecord]
     steps: int
@@ -154,6 +157,7 @@ class _Loop:
         self.logprob = torch.full((rows, budget), torch.nan, device=device)
         self.iterations = torch.nn.functional.pad(start.iterations, (0, budget))
         self.prob = torch.nn.functional.pad(start.prob, (0, budget), value=torch.nan)
+        self.ce = torch.nn.functional.pad(start.ce, (0, budget), value=torch.nan)
         self.logits = torch.zeros(rows, budget, len(decoder.table.weight), device=device) if keep_logits else None
         self.passes, self.steps, self.row_steps = list(start.passes), 0, 0
 
@@ -166,7 +170,7 @@ class _Loop:
             if self.candidates:
                 self._record(logits, look, able)
             x = self._next(logits, look, again)
-        said = (self.tokens, self.lengths, self.finish, self.iterations, self.prob, self.logprob, self.logits, self.passes)
+        said = (self.tokens, self.lengths, self.finish, self.iterations, self.prob, self.logprob, self.ce, self.logits, self.passes)
         return DeepRollout(*said, self.steps, self.row_steps)
 
     def _read(self, x: Tensor) -> Tensor:
@@ -228,6 +232,9 @@ class _Loop:
         at, full = said.clamp(max=self.budget - 1), said + 1 >= self.budget
         if self.logits is not None:
             self.logits[index[live], said[live]] = logits[live].float()
+        if self.candidates:
+            wide = logits[live].float()
+            self.ce[index[live], self.pos[rows][live] + 1] = wide.logsumexp(-1) - wide.gather(1, token[live, None])[:, 0]
         self.tokens[index, at] = torch.where(live & ~stopped, token, self.tokens[index, at])
         self.logprob[index, at] = torch.where(live, logprob.float(), self.logprob[index, at])
         self.lengths[index] += live & ~stopped

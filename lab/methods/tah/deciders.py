@@ -183,7 +183,7 @@ class MLPDecider(Decider):
     def set_threshold(self, value: float) -> None:
         """Decide at `value` from now on, rounded to the settings' dtype."""
         self.settings = self.settings.but(threshold=float(value))
-        rounded = float(torch.tensor(value, dtype=DTYPES[self.settings.dtype]))
+        rounded = float(torch.tensor(value, dtype=DTYPES[self.settings.dtype], device="cpu"))
         self.threshold.data.fill_(rounded)
         self.effective_threshold = rounded
 

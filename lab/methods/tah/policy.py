@@ -18,6 +18,7 @@ from lab.methods.tah.deciders import AlwaysDecider, Decider, NeverDecider, Oracl
 from lab.methods.tah.model import Batch, TahModel
 from lab.methods.tah.reference import Reference
 from lab.models.tokenizers import stop_ids
+from lab.models.vocab import token_statistics
 from lab.trace import Trace
 
 OFFICIAL = Sampling(temperature=0.6, top_p=0.95, top_k=20)
@@ -110,7 +111,11 @@ def read_prompts(
         _stage(model, active[rows], total[rows], prob[rows], depth, candidates) for depth, (active, total) in enumerate(done.stages, 1)
     ]
     kv = kv.fan_out(copies, room, share=False) if copies > 1 else kv
-    return Start(kv, done.total[rows, lengths[rows] - 1], lengths[rows] - 1, (done.iterations * valid)[rows], prob[rows], passes)
+    ce = torch.full(ids.shape, torch.nan, device=device)
+    if candidates and width > 1:
+        inside = valid[:, 1:]
+        ce[:, 1:][inside] = token_statistics(done.total[:, :-1][inside], model.head, ids[:, 1:][inside]).cross_entropy
+    return Start(kv, done.total[rows, lengths[rows] - 1], lengths[rows] - 1, (done.iterations * valid)[rows], prob[rows], ce[rows], passes)
 
 
 def _stage(model: TahModel, active: Tensor, total: Tensor, prob: Tensor, depth: int, candidates: int) -> PassRecord:
@@ -148,10 +153,11 @@ def decode(
 
 @dataclass(frozen=True)
 class DeepAnswer(Answer):
-    """An answer with the passes its tokens took: `iterations` and `probs` per position of prompt and answer, `passes` for the trace."""
+    """An answer with the passes its tokens took: `iterations`, `probs`, `ce` per position of prompt and answer, `passes` for the trace."""
 
     iterations: list[int] = field(default_factory=list)
     probs: list[float] = field(default_factory=list)
+    ce: list[float] = field(default_factory=list)
     passes: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -173,6 +179,7 @@ class DeepAnswers(Answers):
         tokens = plain.tokens.assign(
             iterations=[float("nan") if count == 0 else float(count) for row in self.rows for count in row.iterations],
             decider_prob=[value for row in self.rows for value in row.probs],
+            ce=[value for row in self.rows for value in row.ce],
             entropy=[value for row in self.rows for value in _entropy(row)],
         )
         passes = [{k: v for k, v in entry.items() if k != "entropy"} for row in self.rows for entry in row.passes]
@@ -235,7 +242,7 @@ def _answers(
         text = "" if model.tokenizer is None else model.tokenizer.decode(ids)
         own = [{"question": question, "sample": sample, **entry} for entry in passes.get(place, ()) if entry["pos"] < length]
         said = (done.logprob[place, : len(ids)].tolist(), FINISH[int(done.finish[place])], text)
-        read = (done.iterations[place, :length].tolist(), done.prob[place, :length].tolist(), own)
+        read = (*(column[place, :length].tolist() for column in (done.iterations, done.prob, done.ce)), own)
         yield DeepAnswer(question, sample, prompt, ids, *said, *read)
 
 
