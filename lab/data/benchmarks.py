@@ -4,7 +4,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,7 @@ def load_benchmark(
     start: int = 0,
     ids: Iterable[str] = (),
     shuffle_seed: int | None = None,
+    show_options: bool = True,
 ) -> Dataset:
     """The examples of one split; a split that is missing is replaced by train, then test, as in TaH's evaluation, with a note.
 
@@ -95,6 +96,7 @@ def load_benchmark(
         data: "" loads from the hub; else a file (.jsonl, .jsonl.gz, .json list, .txt of GSM8K-Aug) or a folder that holds
             `<name>/<split>.jsonl`, `<split>.jsonl` or the official file names.
         limit, start, ids, shuffle_seed: shuffle first, then pick `ids`, then cut `[start, start + limit)`.
+        show_options: put the lettered options of multiple-choice questions behind the question (the files keep them apart).
     Raises:
         SettingsError for an unknown name or an impossible range, DataError for data that is absent, empty or malformed.
     """
@@ -102,7 +104,10 @@ def load_benchmark(
     if start < 0 or (limit is not None and limit < 1):
         raise SettingsError(f"start = {start}, limit = {limit}: start must be at least 0 and limit at least 1.")
     rows, source, notes = _local(entry, split, Path(data)) if data else _hub(entry, split)
-    dataset = Dataset(name, split, _examples(entry, split, rows), source, tuple(notes))
+    examples = _examples(entry, split, rows)
+    if show_options and entry.answer == "letter":
+        examples = tuple(replace(example, question=with_options(example)) for example in examples)
+    dataset = Dataset(name, split, examples, source, tuple(notes))
     for note in notes:
         log.warning("%s", note)
     if shuffle_seed is not None:
@@ -113,6 +118,12 @@ def load_benchmark(
     if not chosen:
         raise DataError(f"{name}/{split} from {source} has {len(dataset)} examples, none at or after {start}.")
     return chosen
+
+
+def with_options(example: Example) -> str:
+    """The question with its options behind it, one a line as `(A) …`; the question as it is where it has them or there are none."""
+    lines = "\n".join(f"({letter}) {option}" for letter, option in zip(records.LETTERS, example.options, strict=False))
+    return example.question if not lines or example.question.endswith(lines) else f"{example.question}\n{lines}"
 
 
 def _examples(entry: Benchmark, split: str, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[Example, ...]:

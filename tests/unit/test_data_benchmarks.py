@@ -146,6 +146,10 @@ def test_multiple_choice_shapes(tmp_path):
     found = [one(put(tmp_path / f"{i}.jsonl", record), "aqua") for i, record in enumerate((mmlu, arc, aqua))]
     assert [example.answer for example in found] == ["C", "B", "C"]
     assert found[2].options == ("1", "2", "3") and found[2].steps == ("r", "s")
+    assert found[2].question == "q\n(A) 1\n(B) 2\n(C) 3"
+    again = write_jsonl(tmp_path / "again.jsonl", found[2:])
+    assert one(again, "aqua").question == found[2].question, "options are shown once"
+    assert load_benchmark("aqua", "test", tmp_path / "2.jsonl", show_options=False)[0].question == "q"
 
 
 def test_right_answer_first_is_shuffled_and_followed(tmp_path):
