@@ -112,8 +112,7 @@ def load_backbone(
     if name.startswith("toy:"):
         model = new_backbone(toy_settings(name, **overrides).config(), seed)
         return model.to(device=target, dtype=DTYPES.get(dtype, torch.float32))
-    if overrides:
-        raise SettingsError(f"{', '.join(overrides)} can be set for toy backbones only; {name!r} has its own shape.")
+    refuse_overrides(name, overrides)
     return load_pretrained(name, dtype).to(target)
 
 
@@ -139,16 +138,17 @@ def load_pretrained(name: str, dtype: str = "auto") -> "PreTrainedModel":
     return model.eval()
 
 
-def load_config(name: str) -> "PreTrainedConfig":
+def load_config(name: str, *, local_files_only: bool = False, **size_overrides: Any) -> "PreTrainedConfig":
     """The config of a toy preset, folder or hub id, without weights; refuses one that needs code of its own."""
     if name.startswith("toy:"):
-        return toy_settings(name).config()
+        return toy_settings(name, **size_overrides).config()
+    refuse_overrides(name, size_overrides)
     _check_name(name)
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=local_files_only)
+    except Exception as error:  # OSError, ValueError, KeyError and json errors share no base
         raise CheckpointError(f"Cannot read the config of {name!r}: {_first_line(error)}{_hub_hint(name)}") from error
     if getattr(config, "auto_map", None):
         raise CheckpointError(f"{name!r} brings model code of its own (auto_map in config.json), which is never executed here.")
@@ -211,6 +211,12 @@ def _rope_values(s: BackboneSettings) -> dict[str, Any]:
 def _common_values(s: BackboneSettings) -> dict[str, Any]:
     ids = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
     return dict(vocab_size=s.vocab_size, tie_word_embeddings=s.tied, initializer_range=s.initializer_range) | ids
+
+
+def refuse_overrides(name: str, overrides: dict[str, Any]) -> None:
+    """Raise SettingsError if `overrides` would change the shape of a backbone that has its own."""
+    if overrides:
+        raise SettingsError(f"{', '.join(overrides)} can be set for toy backbones only; {name!r} has its own shape.")
 
 
 def _check_name(name: str) -> None:
