@@ -33,6 +33,7 @@ class Pipeline(Settings):
 
     paper: str
     title: str
+    about: str = ""  # one or two sentences for the report
     steps: list[StepSpec]
 
     def spec(self, step: str) -> StepSpec:

@@ -15,11 +15,10 @@ from lab.files import write_text
 from lab.progress import clock
 from lab.records import StepRecord, results_of
 from lab.runs import MANIFEST, Run, open_run
-from lab.tables import Row, cell_text, columns, number_text, rows_of, split, table_text
+from lab.tables import SEED, Row, cell_text, columns, rows_of, split, table_text
 from lab.view import palette
 
 TABLE_LIMIT = 60  # rows of a step's table that the page shows; all are in the CSV beside it
-LINES_LIMIT = 400  # points of a training curve
 
 
 def write(folders: Iterable[Path], path: Path) -> Path:
@@ -28,7 +27,7 @@ def write(folders: Iterable[Path], path: Path) -> Path:
     Raises RunError if a folder is no run.
     """
     runs = [open_run(folder) for folder in expand(folders)]
-    body = "\n".join([_overview(runs), *(_run(run) for run in runs)])
+    body = "\n".join([_overview(runs), *map(_group, _groups(runs))])
     return write_text(Path(path), _once(_page(body, [run.manifest for run in runs])))
 
 
@@ -64,30 +63,70 @@ def _page(body: str, manifests: list[Mapping[str, Any]]) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<title>{_safe(names)}</title><link rel="icon" href="data:,"><style>{themes}{style}</style></head>'
-        f"<body><main><h1>{_safe(names)}</h1>\n{body}</main></body></html>\n"
+        f"<body><main><h1>{_safe(names)}</h1>{_about(manifests)}\n{body}</main></body></html>\n"
     )
+
+
+def _about(manifests: list[Mapping[str, Any]]) -> str:
+    texts = [papers.pipeline(key).about for key in dict.fromkeys(manifest["paper"] for manifest in manifests) if key in papers.papers()]
+    return "".join(f"<p>{_safe(text)}</p>" for text in texts if text)
 
 
 def _overview(runs: list[Run]) -> str:
-    links = "".join(
-        f'<li><a href="#{_anchor(run)}">{_safe(_title(run.manifest["paper"]))} · {_safe(run.folder.name)}</a></li>' for run in runs
-    )
-    tables = "".join(_table(table) for table in split(_headlines(runs)))
+    links = "".join(f'<li><a href="#{_anchor(group[0])}">{_name(group[0])}</a></li>' for group in _groups(runs))
+    rows = _headlines(runs)
+    tables = "".join(_table(table) for table in split([row for row in rows if row["arm"]]))
+    single = "".join(_key_numbers(row) for row in rows if not row["arm"])
     note = '<p class="soft">Means over runs that differ in their seed only, ± half a 95 % t-interval, and the number of runs.</p>'
     navigation = f"<nav><ul>{links}</ul></nav>" if len(runs) > 1 else ""
-    return f'{navigation}<section><h2 id="results">Results</h2>{tables}{note if len(runs) > 1 else ""}</section>'
+    return f'{navigation}<section><h2 id="results">Results</h2>{tables}{single}{note if len(runs) > 1 else ""}</section>'
+
+
+def _key_numbers(row: Row) -> str:
+    """The numbers of a step that belong to no arm, each under its name."""
+    about = [
+        str(value) if name in ("paper", "step") else f"{name} {value}"
+        for name, value in row.items()
+        if value and not isinstance(value, Mapping)
+    ]
+    numbers = {name: cell_text(value) for name, value in row.items() if isinstance(value, Mapping)}
+    return f"<h4>{_safe(' · '.join(filter(None, about)))}</h4>{_definitions(numbers)}" if numbers else ""
+
+
+def _definitions(facts: Mapping[str, Any]) -> str:
+    return (
+        "<dl>"
+        + "".join(f"<div><dt>{_safe(name.replace('_', ' '))}</dt><dd>{_safe(value)}</dd></div>" for name, value in facts.items())
+        + "</dl>"
+    )
+
+
+def _groups(runs: list[Run]) -> list[list[Run]]:
+    """Runs that differ in their seed only, together."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        manifest = run.manifest
+        changed = {name: value for name, value in manifest.get("overrides", {}).items() if name != SEED}
+        found.setdefault(json.dumps([manifest["paper"], manifest.get("recipe"), changed], sort_keys=True), []).append(run)
+    return list(found.values())
+
+
+def _group(runs: list[Run]) -> str:
+    """The first run of a group in full, the others folded."""
+    others = "".join(f"<details><summary>{_name(run)}</summary>{_run(run)}</details>" for run in runs[1:])
+    return f'<section><h2 id="{_anchor(runs[0])}">{_name(runs[0])}</h2>{_run(runs[0])}{others}</section>'
 
 
 def _run(run: Run) -> str:
     manifest = run.manifest
     steps = "".join(_step(record) for record in run.steps())
-    heading = f'<h2 id="{_anchor(run)}">{_name(run)}</h2>'
-    return f"<section>{heading}{_facts(manifest)}{_warnings(manifest)}{_steps(manifest)}{steps}{_manifest(manifest)}</section>"
+    return f"{_facts(manifest)}{_warnings(manifest)}{steps}{_steps(manifest)}{_manifest(manifest)}"
 
 
 def _name(run: Run) -> str:
     manifest = run.manifest
-    return f"{_safe(_title(manifest['paper']))} <small>{_safe(manifest.get('recipe') or '')} · {_safe(run.folder.name)}</small>"
+    which = " · ".join(filter(None, [manifest.get("recipe"), run.folder.name]))
+    return f"{_safe(_title(manifest['paper']))} <small>{_safe(which)}</small>"
 
 
 def _title(paper: str) -> str:
@@ -109,7 +148,7 @@ def _facts(manifest: Mapping[str, Any]) -> str:
         "commit": commit,
         "changed": changed,
     }
-    return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{_safe(value)}</dd></div>" for name, value in facts.items()) + "</dl>"
+    return _definitions(facts)
 
 
 def _warnings(manifest: Mapping[str, Any]) -> str:
@@ -134,11 +173,10 @@ def _step_row(name: str, step: Mapping[str, Any]) -> Row:
 
 def _step(record: StepRecord) -> str:
     parts = [_figure(path) for path in record.files("figures", "*.svg")]
-    parts += [f"<div class=view>{path.read_text()}</div>" for path in record.files("views", "*.html")]
     parts += [_captioned(name, rows) for name, rows in record.tables.items()]
-    if curve := _curve(record):
-        parts.append(curve)
-    return f"<section><h3>{_safe(record.name)}</h3>{''.join(parts)}</section>" if parts else ""
+    views = "".join(f"<div class=view>{path.read_text()}</div>" for path in record.files("views", "*.html")) + _training(record)
+    grid = f"<div class=parts>{''.join(parts)}</div>" if parts else ""
+    return f"<section><h3>{_safe(record.name)}</h3>{grid}{views}</section>" if parts or views else ""
 
 
 def _figure(path: Path) -> str:
@@ -171,23 +209,13 @@ def _numeric(rows: list[Row], name: str) -> str:
     return ' class="n"' if all(isinstance(row.get(name), Mapping | int | float | None) for row in rows) else ""
 
 
-def _curve(record: StepRecord) -> str:
-    """The step's losses against training steps as a small inline drawing with its last value in words."""
-    lines = [line for line in record.metrics if "step" in line and isinstance(line.get("loss"), int | float)]
-    if len(lines) < 3:
+def _training(record: StepRecord) -> str:
+    """The curves of what the step logged at several points."""
+    if len({line["step"] for line in record.metrics if "step" in line}) < 3:
         return ""
-    lines = lines[:: max(1, len(lines) // LINES_LIMIT)]
-    points = [(line["step"], line["loss"]) for line in lines]
-    (left, right), (low, high) = _range([x for x, _ in points]), _range([y for _, y in points])
-    path = " ".join(f"{300 * (x - left) / (right - left):.1f},{80 - 80 * (y - low) / (high - low):.1f}" for x, y in points)
-    words = f"loss from {number_text(float(points[0][1]))} to {number_text(float(points[-1][1]))} in {points[-1][0]} steps"
-    drawing = f'<svg viewBox="-2 -2 304 84" role="img" aria-label="{_safe(words)}"><polyline points="{path}"/></svg>'
-    return f'<figure class="curve">{drawing}<figcaption>{_safe(words)}</figcaption></figure>'
+    from lab.view import training
 
-
-def _range(values: list[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    return (low, high) if high > low else (low - 0.5, low + 0.5)
+    return f"<div class=view>{training(record.folder).html()}</div>"
 
 
 def _manifest(manifest: Mapping[str, Any]) -> str:
