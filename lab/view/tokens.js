@@ -12,7 +12,7 @@
   document.addEventListener("keydown", (event) => {
     const token = tokenOf(event);
     if (!token || event.altKey || event.ctrlKey || event.metaKey) return;
-    const shown = around(token).filter((other) => other.offsetParent !== null);
+    const shown = around(token).filter((other) => !other.closest("details:not([open])"));
     const forward = token.closest("[dir=rtl]") ? -1 : 1;
     const here = shown.indexOf(token);
     const goals = {
