@@ -176,3 +176,22 @@ def test_advantages_are_those_of_the_groups():
     data, _ = rl()
     for name in ("", "_punished"):
         torch.testing.assert_close(advantages(data[f"rewards{name}"][:, 0], 4), data[f"adv{name}"], atol=1e-5, rtol=1e-5)
+
+
+def test_a_padded_row_costs_what_it_costs_alone():
+    m = model()
+    m.settings = m.config.but(official_padding=False).model_dump(mode="json")
+    for r in (1, 2, 3, 5):
+        together = collate(rows(), r, m.config, torch.Generator().manual_seed(0))
+        eps = torch.randn(4, together.groups.shape[1], 32)
+        _, parts = loss(m, together, eps)
+        ce, latent, tokens, groups = 0.0, 0.0, 0, 0
+        for index in range(4):
+            alone = collate(rows()[index : index + 1], r, m.config, torch.Generator().manual_seed(0))
+            mask, own = together.groups_mask[index].any(-1), alone.groups_mask[0].any(-1)
+            alone.labels[0, alone.steps][own] = together.labels[index, together.steps][mask]
+            _, single = loss(m, alone, eps[index, -alone.groups.shape[1] :][None])
+            n, k = int((alone.labels != -100).sum()), int(own.sum())
+            ce, latent, tokens, groups = ce + n * single["ce"], latent + k * single["latent"], tokens + n, groups + k
+        torch.testing.assert_close(parts["ce"], ce / tokens, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(parts["latent"], latent / groups, rtol=1e-4, atol=1e-6)

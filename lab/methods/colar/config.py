@@ -25,7 +25,7 @@ class ColarSettings(Settings):
     embeds_std: float = Field(0.0, ge=0)  # 0 = measured on the embedding table when the model is made
     lora_r: int = Field(128, ge=0)  # 0 = train the backbone
     lora_alpha: float = Field(32, gt=0)
-    official_padding: bool = False  # leave the empty last group of the released code in
+    official_padding: bool = False  # as the released code: empty last groups, and pads that predict the separator
     sep_id: int = -1
     pad_id: int = -1
     eos_id: int = -1

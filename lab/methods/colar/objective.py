@@ -17,9 +17,10 @@ from lab.methods.colar.model import ColarModel
 def embed(model: ColarModel, batch: ColarBatch) -> Tensor:
     """Input embeddings (R, T, D): tokens as they are, each group merged into one vector."""
     s, table = model.config, model.decoder.embed
-    mask = batch.groups_mask[..., None]
-    merged = (table(batch.groups) * mask).sum(2)
-    if batch.factor > 1:
+    if batch.factor == 1:
+        merged = table(batch.groups)[:, :, 0]
+    else:
+        merged = (table(batch.groups) * batch.groups_mask[..., None]).sum(2)
         count = batch.groups_mask.sum(-1, keepdim=True).to(merged.dtype)
         merged = merged / ((count.sqrt() if s.sqrt_mean else count) + 1e-5)
     return torch.cat((table(batch.question), merged, table(batch.answer)), 1)
@@ -41,7 +42,7 @@ def loss(model: ColarModel, batch: ColarBatch, eps: Tensor | None = None) -> tup
     by_column = (sample - gold).pow(2).mean(-1) if s.latent_loss == "mse" else -log_normal(gold, mean, std).mean(-1)
     entropy = (0.5 + 0.5 * math.log(2 * math.pi) + std.log()).mean(-1)
     parts = {
-        "ce": s.ce_weight * _ce(model, h, batch.labels),
+        "ce": s.ce_weight * _ce(model, h, batch),
         "latent": s.embed_modeling_weight * by_column[known].mean(),
         "entropy": s.entropy_weight * entropy[known].mean(),
     }
@@ -58,17 +59,20 @@ def _read(model: ColarModel, x: Tensor, valid: Tensor) -> Tensor:
     return model.decoder(x, pos, model.decoder.grow(), valid=valid).last
 
 
-def _ce(model: ColarModel, h: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of every label from the column before it."""
-    wanted = labels[:, 1:] != IGNORE
-    return cross_entropy(model.decoder, h[:, :-1][wanted], labels[:, 1:][wanted])
+def _ce(model: ColarModel, h: Tensor, batch: ColarBatch) -> Tensor:
+    """Mean cross-entropy of every label from the last real column before it (officially from the column before it, pad or not)."""
+    wanted, columns = batch.labels[:, 1:] != IGNORE, torch.arange(h.shape[1], device=h.device)
+    real = columns.expand_as(batch.valid).masked_fill(~batch.valid, 0).cummax(1).values
+    before = (columns.expand_as(real) if model.config.official_padding else real)[:, :-1]
+    rows = torch.arange(len(h), device=h.device)[:, None].expand_as(before)
+    return cross_entropy(model.decoder, h[rows[wanted], before[wanted]], batch.labels[:, 1:][wanted])
 
 
 def _second(model: ColarModel, batch: ColarBatch, x: Tensor, sample: Tensor) -> Tensor:
     """Cross-entropy of a second pass whose groups after the first are the predictions of the one before, in standardised units."""
     first = batch.steps.start
     fed = torch.cat((x[:, : first + 1], sample[:, :-1].to(x.dtype), x[:, batch.steps.stop :]), 1)
-    return _ce(model, _read(model, fed, batch.valid), batch.labels)
+    return _ce(model, _read(model, fed, batch.valid), batch)
 
 
 def log_normal(value: Tensor, mean: Tensor, std: Tensor) -> Tensor:
