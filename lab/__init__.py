@@ -17,7 +17,7 @@ _OBJECTS = {
     "run": "lab.pipeline:run_recipe",  # a paper's recipe, from its plan to its report
     "Trace": "lab.trace:Trace",
 }
-_MODULES = ("data", "figures", "progress", "train", "view")
+_MODULES = ("data", "evaluate", "figures", "progress", "train", "view")
 
 
 def __getattr__(name: str) -> Any:

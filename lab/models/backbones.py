@@ -5,6 +5,8 @@ Toys are ordinary transformers models (GPT-2, Llama, Qwen2, Qwen3) of ten thousa
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -131,7 +133,8 @@ def load_pretrained(name: str, dtype: str = "auto") -> "PreTrainedModel":
     config = load_config(name)
     options = dict(config=config, dtype=DTYPES.get(dtype, "auto"), attn_implementation="sdpa", trust_remote_code=False)
     try:
-        model, report = causal_class(config).from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        with _quiet():
+            model, report = causal_class(config).from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except Exception as error:  # safetensors, OSError, pickle and json errors share no base
         raise CheckpointError(f"Cannot load the weights of {name!r}: {_first_line(error)}") from error
     check_complete(name, report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"])
@@ -211,6 +214,22 @@ def _rope_values(s: BackboneSettings) -> dict[str, Any]:
 def _common_values(s: BackboneSettings) -> dict[str, Any]:
     ids = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
     return dict(vocab_size=s.vocab_size, tie_word_embeddings=s.tied, initializer_range=s.initializer_range) | ids
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar and loading report; what is wrong with the weights is our error to tell."""
+    from transformers.utils import logging as theirs
+
+    level, shown = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if shown:
+            theirs.enable_progress_bar()
 
 
 def refuse_overrides(name: str, overrides: dict[str, Any]) -> None:

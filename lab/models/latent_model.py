@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -58,6 +59,13 @@ class LatentModel(nn.Module):
     ) -> Self:
         """A model of these settings with its parts in place but not yet loaded; methods with parts override it."""
         return cls(backbone, tokenizer, settings, source=source)
+
+    @cached_property
+    def decoder(self) -> Any:
+        """The decoder step over the backbone, made at first use (add tokens before, not after)."""
+        from lab.models.decoder import decoder_for
+
+        return decoder_for(self.backbone)
 
     @property
     def device(self) -> torch.device:

@@ -89,6 +89,16 @@ def test_saved_folder_reloads_exactly(tmp_path, arch, tied):
     assert load_backbone(str(tmp_path), dtype="bfloat16").dtype == torch.bfloat16
 
 
+def test_loading_is_quiet_and_leaves_transformers_as_it_was(tmp_path, capfd):
+    from transformers.utils import logging as theirs
+
+    load_backbone("toy:llama-micro").save_pretrained(tmp_path)
+    before = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    capfd.readouterr()
+    load_backbone(str(tmp_path))
+    assert "".join(capfd.readouterr()) == "" and before == (theirs.get_verbosity(), theirs.is_progress_bar_enabled())
+
+
 @pytest.fixture
 def saved(tmp_path):
     load_backbone("toy:llama-micro").save_pretrained(tmp_path)

@@ -1,6 +1,6 @@
 """Generation with Think-at-Hard: what is decided about each token, and the answers with a record of every pass."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from lab.errors import DataError, SettingsError, unknown
 from lab.latent.depth import DeepRollout, Look, PassRecord, Start, deep_rollout, record
 from lab.latent.draws import Keyed
+from lab.latent.record import Response, Responses
 from lab.latent.sampling import Sampling
-from lab.methods.none.policy import Answer, Answers
 from lab.methods.tah.config import AlwaysSettings, OracleSettings
 from lab.methods.tah.deciders import AlwaysDecider, Decider, NeverDecider, OracleDecider, Seen
 from lab.methods.tah.model import Batch, TahModel
@@ -152,7 +152,7 @@ def decode(
 
 
 @dataclass(frozen=True)
-class DeepAnswer(Answer):
+class DeepAnswer(Response):
     """An answer with the passes its tokens took: `iterations`, `probs`, `ce` per position of prompt and answer, `passes` for the trace."""
 
     iterations: list[int] = field(default_factory=list)
@@ -162,7 +162,7 @@ class DeepAnswer(Answer):
 
 
 @dataclass(frozen=True)
-class DeepAnswers(Answers):
+class DeepAnswers(Responses):
     """The answers of a Think-at-Hard model."""
 
     threshold: float = float("nan")
@@ -173,9 +173,9 @@ class DeepAnswers(Answers):
         counts = [count for row in self.rows for count in row.iterations if count > 0]
         return sum(counts) / max(len(counts), 1)
 
-    def trace(self) -> Trace:
+    def trace(self, examples: Sequence[Any] = (), score: Callable[[str, str], Any] | None = None, **meta: Any) -> Trace:
         """The record that views read: tokens with iterations and decider probability, passes with their best tokens."""
-        plain = super().trace()
+        plain = super().trace(examples, score)
         tokens = plain.tokens.assign(
             iterations=[float("nan") if count == 0 else float(count) for row in self.rows for count in row.iterations],
             decider_prob=[value for row in self.rows for value in row.probs],
@@ -183,7 +183,7 @@ class DeepAnswers(Answers):
             entropy=[value for row in self.rows for value in _entropy(row)],
         )
         passes = [{k: v for k, v in entry.items() if k != "entropy"} for row in self.rows for entry in row.passes]
-        meta = {"threshold": self.threshold} if self.threshold == self.threshold else {}
+        meta |= {"threshold": self.threshold} if self.threshold == self.threshold else {}
         return Trace.build("tah", samples=plain.samples, tokens=tokens, passes=passes, meta=meta)
 
 
@@ -229,7 +229,8 @@ def generate(
         done = decode(model, [prompts[i] for i in group], decider=decider, copies=samples, draws=draws, **options)
         rows += _answers(model, prompts, group, samples, first, done)
     threshold = getattr(decider, "effective_threshold", float("nan"))
-    return DeepAnswers(sorted(rows, key=lambda row: (row.question, row.sample)), model.tokenizer, threshold)
+    rows.sort(key=lambda row: (row.question, row.sample))
+    return DeepAnswers(model.method, rows, model.tokenizer, threshold=threshold)
 
 
 def _answers(
@@ -242,8 +243,9 @@ def _answers(
         text = "" if model.tokenizer is None else model.tokenizer.decode(ids)
         own = [{"question": question, "sample": sample, **entry} for entry in passes.get(place, ()) if entry["pos"] < length]
         said = (done.logprob[place, : len(ids)].tolist(), FINISH[int(done.finish[place])], text)
-        read = (*(column[place, :length].tolist() for column in (done.iterations, done.prob, done.ce)), own)
-        yield DeepAnswer(question, sample, prompt, ids, *said, *read)
+        columns = {"iterations": done.iterations, "probs": done.prob, "ce": done.ce}
+        read = {name: column[place, :length].tolist() for name, column in columns.items()}
+        yield DeepAnswer(question, sample, prompt, ids, *said, **read, passes=own)
 
 
 def _pass_rows(model: TahModel, done: DeepRollout) -> dict[int, list[dict[str, Any]]]:
