@@ -109,8 +109,10 @@ def tokenizer_from(answers: Mapping[str, Any], folder: Path) -> Any:
     given = answers.get("tokenizer")
     if given is not None:
         return load_tokenizer(given) if isinstance(given, str) else given
-    own = tokenizer_of(folder)
-    return own if own is not None or not answers.get("backbone") else load_tokenizer(answers["backbone"])
+    own, backbone = tokenizer_of(folder), str(answers.get("backbone") or "")
+    if own is not None or not backbone:
+        return own
+    return tokenizer_of(Path(backbone)) if Path(backbone).is_dir() else load_tokenizer(backbone)
 
 
 def asked_thoughts(answers: Mapping[str, Any]) -> int:
