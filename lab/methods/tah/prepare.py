@@ -167,6 +167,10 @@ class Labelled:
         """A fresh copy of the model to train, in float32, with its tokenizer."""
         return load(self.backbone, dtype="float32")
 
+    def tokenizer(self):
+        """The tokenizer of the rows."""
+        return load_tokenizer(self.backbone)
+
     def rows(self, name: str) -> list[Row]:
         """The labelled rows of a split."""
         return read_labelled(self.folder / name)

@@ -125,3 +125,62 @@ def calibrate(points: Sequence[Point], max_passes: float = 1.15, tolerance: floa
     affordable = [point for point in points if point.passes <= max_passes] or [min(points, key=lambda point: point.passes)]
     best = max(point.accuracy for point in affordable)
     return max((point for point in affordable if point.accuracy >= best - tolerance), key=lambda point: point.threshold)
+
+
+def differences(table: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The decider's row minus the equal-step control's, where there are both: the comparison the claim is about."""
+    if "tah decider" not in table or "sft" not in table:
+        return {}
+    names = ("accuracy", "accuracy_hard", "accuracy_easy", "ce", "ce_hard", "passes")
+    return {"tah decider minus sft": {name: table["tah decider"][name] - table["sft"][name] for name in names}}
+
+
+def policy_points(model: TahModel, examples: Sequence[dict[str, Any]], table: dict[str, dict[str, float]]):
+    """Points of accuracy against passes for the figure: every row of `table`, and the decider swept over thresholds."""
+    import pandas as pd
+
+    rows = [
+        {"policy": arm, "passes": numbers["passes"], "mean": numbers["accuracy"]} for arm, numbers in table.items() if arm != "tah decider"
+    ]
+    if model.decider.topk:
+        swept = sweep_thresholds(model, examples)
+        rows += [{"policy": "tah decider", "passes": point.passes, "mean": point.accuracy, "threshold": point.threshold} for point in swept]
+    return pd.DataFrame(rows)
+
+
+def missed_table(labelled, name: str, top: int = 12) -> list[dict[str, Any]]:
+    """The tokens of a split that the labelling model missed most often: text, occurrences, share missed, mean cross-entropy."""
+    counts: dict[int, list[float]] = {}
+    for row in labelled.rows(name):
+        for token, wrong, loss in zip(row["real_token"][1:], row["mismatch"], row["cross_entropy"], strict=False):
+            entry = counts.setdefault(token, [0, 0, 0.0])
+            entry[0], entry[1], entry[2] = entry[0] + 1, entry[1] + wrong, entry[2] + loss
+    tokenizer, ranked = labelled.tokenizer(), sorted(counts.items(), key=lambda item: -item[1][1])[:top]
+    return [{"text": tokenizer.decode([token]), "tokens": n, "missed": wrong / n, "ce": loss / n} for token, (n, wrong, loss) in ranked]
+
+
+def hard_table(model: TahModel, examples: Sequence[dict[str, Any]], least: int = 5):
+    """Per input token at supervised places: how often it is read twice, and the loss after one pass and under the decider."""
+    import pandas as pd
+
+    once, chosen = (score_tokens(model, examples, policy) for policy in ("never", "decider"))
+    order = [i for group in length_groups([len(e["input_ids"]) for e in examples], 8192) for i in group]
+    tokens = [t for i in order for t, label in zip(examples[i]["input_ids"], examples[i]["labels"][1:], strict=False) if label != IGNORE]
+    again = torch.cat([_supervised(examples[i], count) for i, count in zip(order, _per_row(chosen, examples, order), strict=True)])
+    frame = pd.DataFrame({"id": tokens, "hard_share": again > 1, "ce_1": once.cross_entropy, "ce_2": chosen.cross_entropy})
+    table = frame.groupby("id").agg(tokens=("id", "size"), hard_share=("hard_share", "mean"), ce_1=("ce_1", "mean"), ce_2=("ce_2", "mean"))
+    table = table[table["tokens"] >= least].reset_index()
+    return table.assign(text=[model.tokenizer.decode([i]) if model.tokenizer else str(i) for i in table["id"]])
+
+
+def _per_row(scored: Scored, examples: Sequence[dict[str, Any]], order: Sequence[int]) -> Sequence[Tensor]:
+    return scored.iterations.split([len(examples[i]["input_ids"]) for i in order])
+
+
+def _supervised(example: dict[str, Any], counts: Tensor) -> Tensor:
+    return counts[:-1][torch.tensor(example["labels"][1:]) != IGNORE]
+
+
+def prompts_of(rows: Sequence[dict[str, Any]], count: int, whole: bool = True) -> list[list[int]]:
+    """Token ids of the first rows: all of them, or up to the first supervised token."""
+    return [row["real_token"] if whole else row["real_token"][: row["mask"].index(1)] for row in rows[:count]]

@@ -12,7 +12,7 @@ from lab.methods.tah.config import TahConfig
 from lab.methods.tah.data import Row
 from lab.methods.tah.labels import Labelling, label_report, label_rows
 from lab.methods.tah.model import TahModel, standard
-from lab.methods.tah.prepare import Labelled, Preparation, Source, prepare
+from lab.methods.tah.prepare import BACKBONE, Labelled, Preparation, Source, prepare
 from lab.methods.tah.score import score_tokens, token_decider
 from lab.methods.tah.toy import arithmetic
 from lab.methods.tah.training import build_arm, train_model, train_step2, with_mlp
@@ -90,13 +90,23 @@ def run_step2(
     return {"steps": result.steps, "loss": result.loss, "seconds": result.seconds, "tokens": len(features) if features else 0}
 
 
-def arms_of(labelled: Path, train1: Path, train2: Path) -> dict[str, TahModel]:
-    """The models there are, by arm: the base, the controls of step 1, and `tah` with its decider."""
-    found = {"base": standard(Labelled(labelled).model().backbone)}
+def arms_of(labelled: Path, train1: Path, train2: Path, checkpoint: str = "", threshold: float = 0.0) -> dict[str, TahModel]:
+    """The models there are, by arm: the base (of toys), the controls of step 1, and `tah` with its decider.
+
+    Args:
+        checkpoint: a model for `tah` instead of this run's. threshold: its decider's, 0 = as saved.
+    """
+    source, found = Labelled(labelled), {}
+    if source.facts["backbone"] == BACKBONE:
+        found["base"] = standard(source.model().backbone)
+        found["base"].tokenizer = source.model().tokenizer
     for arm in ("sft", "always"):
         if (train1 / arm).is_dir():
             found[arm] = load(train1 / arm)
-    return {**found, "tah": load(train2 / "tah")}
+    found["tah"] = load(checkpoint or train2 / "tah")
+    if threshold:
+        found["tah"].set_threshold(threshold)
+    return found
 
 
 def token_table(
