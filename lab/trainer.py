@@ -46,8 +46,13 @@ class Plan:
 
     def batch(self, number: int) -> list[int]:
         """The example indices of global batch `number`."""
-        first = number * self.global_batch
-        indices = [int(self._pass(at // self.examples)[at % self.examples]) for at in range(first, first + self.global_batch)]
+        first, last = number * self.global_batch, (number + 1) * self.global_batch
+        indices: list[int] = []
+        while first < last:
+            index, start = divmod(first, self.examples)
+            part = self._pass(index)[start : start + last - first].tolist()
+            indices += part
+            first += len(part)
         return sorted(indices, key=self.lengths.__getitem__) if self.lengths is not None else indices
 
     def micro_batches(self, rows: Sequence[Any]) -> list[tuple[int, Sequence[Any]]]:
@@ -155,6 +160,8 @@ class Supervised(Guarded, Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.optimizer = self.optimizer.optimizer  # accelerate's wrapper has nothing to scale, and looks for a package at every step
         self.lr_scheduler = optim.follow(self.optimizer, lambda step: self.s.rate(step, self.plan.steps) * self.recovery.lr_scale(step))
         self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -164,6 +171,9 @@ class Supervised(Guarded, Trainer):
         if resume_from_checkpoint is None and self.s.guard.enabled:
             self.save(0)
         return ready
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # not reported
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
         return None  # counted in _accumulate, per component

@@ -18,6 +18,7 @@ class Ring:
 
     def __init__(self, folder: Path, keep: int = 3, probation: int = 200):
         self.folder, self.keep, self.probation = Path(folder), keep, probation
+        self._waiting: list[int] | None = None  # checkpoints on probation, as far as known
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of `step` lies."""
@@ -34,7 +35,7 @@ class Ring:
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
         """`write(folder)` into a temporary folder, renamed when complete; then the oldest ones go."""
-        temporary = self.folder / f".checkpoint-{step}"
+        temporary, self._waiting = self.folder / f".checkpoint-{step}", None
         with files.writing(temporary):
             for torn in self.folder.glob(".checkpoint-*"):
                 shutil.rmtree(torn)
@@ -49,9 +50,12 @@ class Ring:
 
     def settle(self, step: int, validated: bool = False) -> None:
         """Declares healthy what has earned it by `step`; call it only where no alarm stands."""
-        for saved in self.steps():
-            if (validated and saved <= step or saved + self.probation <= step) and not self.is_healthy(saved):
+        if self._waiting is None:
+            self._waiting = [saved for saved in self.steps() if not self.is_healthy(saved)]
+        for saved in list(self._waiting):
+            if validated and saved <= step or saved + self.probation <= step:
                 (self.path(saved) / _HEALTHY).touch()
+                self._waiting.remove(saved)
 
     def newest_healthy(self, before: int) -> int | None:
         """The newest healthy step that is at most `before`; if there is none, the oldest healthy one."""
@@ -60,7 +64,7 @@ class Ring:
 
     def drop_after(self, step: int) -> list[int]:
         """Removes every checkpoint later than `step`, and says which."""
-        late = [saved for saved in self.steps() if saved > step]
+        late, self._waiting = [saved for saved in self.steps() if saved > step], None
         for saved in late:
             self._remove(saved)
         return late
