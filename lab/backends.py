@@ -111,7 +111,7 @@ class HF:
         for (prompt, request), row in zip(asked, said.tolist(), strict=True):
             end = next((place for place, token in enumerate(row) if token in stops), None)
             answer, finish = (row, "length") if end is None else (row[:end], "stop")
-            text = self.reader.tokenizer.decode(answer)
+            text = self.reader.tokenizer.decode(answer, skip_special_tokens=True)
             yield request, Output(text, len(answer), finish, float(len(answer)), len(prompt), each)
 
 
