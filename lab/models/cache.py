@@ -121,6 +121,12 @@ class GrowKV:
         """A cache of the given rows (repeats allowed), differentiable."""
         return self._with(lambda x: x.index_select(0, rows))
 
+    def hide(self, first: int, hidden: Tensor) -> None:
+        """Makes slots of rows invisible: `hidden` (R, t) bool for the columns from `first` on."""
+        valid = self.valid.clone()
+        valid[:, first : first + hidden.shape[1]] &= ~hidden
+        self.valid, self.plain = valid, False
+
     def _with(self, change: Callable[[Tensor], Tensor]) -> "GrowKV":
         other = GrowKV(self.shape, self.rule)
         other.keys, other.values = ([change(x) for x in side] for side in (self.keys, self.values))
@@ -271,6 +277,11 @@ class SlotKV:
     def select(self, rows: Tensor) -> "SlotKV":
         """The cache of the given rows: compaction, reordering and repeating (beams) are the same call."""
         return self._selected(rows, self.capacity)
+
+    def hide(self, first: int, hidden: Tensor) -> None:
+        """Makes slots of rows invisible: `hidden` (R, t) bool for the columns from `first` on."""
+        self.blocked[:, first : first + hidden.shape[1]].masked_fill_(hidden, BLOCKED)
+        self.plain = False
 
     def _selected(self, rows: Tensor, capacity: int) -> "SlotKV":
         other = self._taking(rows, capacity)
