@@ -135,7 +135,7 @@ def evaluate(
     chosen = _chosen(examples, benchmark, data_range, list(ids))
     if repeat < 1:
         raise SettingsError(f"repeat = {repeat}: at least one sample of each question is needed.")
-    score = scorer or _scorer(benchmark, rule)
+    rule, score = (rule, scorer) if scorer else _scorer(benchmark, rule)
     facts = {"benchmark": benchmark, "rule": rule, "decoding": decoding.model_dump(exclude={"batch"}), "generator": generator.facts}
     with files.lock(folder / ".lock", f"An evaluation in {folder} is running already"):
         _open(folder, facts)
@@ -168,11 +168,19 @@ def _chosen(examples: Sequence[Example], benchmark: str, data_range: tuple[int, 
     return numbered[start:end]
 
 
-def _scorer(benchmark: str, rule: str) -> Callable[[str, Example], Any]:
-    from lab.data import score
+def _scorer(benchmark: str, rule: str) -> tuple[str, Callable[[str, Example], Any]]:
+    """(the strict rule, the benchmark's own by default; what scores by it); SettingsError for an unknown one."""
+    from lab.data import BENCHMARKS
+    from lab.data import benchmark as entry_of
+    from lab.data.answers import KINDS, RULES, score
 
-    options = {"rule": rule} if rule else {}
-    return lambda text, example: score(text, example.answer, benchmark, **options)
+    if benchmark in KINDS and benchmark not in BENCHMARKS:
+        rule = rule or KINDS[benchmark]
+    else:
+        rule = rule or entry_of(benchmark).strict
+    if rule not in RULES:
+        raise unknown("strict rule", rule, RULES)
+    return rule, lambda text, example: score(text, example.answer, benchmark, rule)
 
 
 def _notes(examples: Sequence[Example]) -> tuple[str, ...]:

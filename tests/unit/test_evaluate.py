@@ -151,3 +151,35 @@ def test_another_evaluation_in_the_folder_is_refused(tmp_path):
 
     with pytest.raises(RunError, match="another generator"):
         run(tmp_path, Other())
+
+
+class Says(Oracle):
+    """The same text to every question."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.text = text
+
+    def generate(self, requests, decoding):
+        yield from ((request, Output(self.text, 3, "stop")) for request in requests)
+
+
+def test_the_rules_of_a_benchmark(tmp_path):
+    """GSM8K: the official rule takes the last number, the lenient one honours the marker and drops the currency."""
+    gold = [Example(id="0", question="How much?", answer="1200")]
+    result = evaluate(Says("The answer is $1,200. Not 7 or 8"), gold, "gsm8k", tmp_path / "a", rule="codi")
+    assert (result.rule, result.strict.mean, result.lenient.mean) == ("codi", 0.0, 1.0)
+    assert evaluate(Says(""), gold, "gsm8k", tmp_path / "b").rule == "tah-expr"
+    assert evaluate(Says("1200"), gold, "number", tmp_path / "c").lenient.mean == 1.0
+    empty = evaluate(Says("I do not know"), gold, "gsm8k", tmp_path / "d")
+    assert (empty.unparsed, empty.unparsed_lenient, empty.strict.mean) == (1, 1, 0.0)
+
+
+def test_names_are_checked_before_anything_is_asked(tmp_path):
+    with pytest.raises(SettingsError, match="Did you mean 'tah-expr'"):
+        evaluate(Oracle(), EXAMPLES, "gsm8k", tmp_path / "x", rule="tah-exp")
+    with pytest.raises(SettingsError, match="Did you mean 'gsm8k'"):
+        evaluate(Oracle(), EXAMPLES, "gsm8", tmp_path / "x")
+    with pytest.raises(DataError, match="execute model-written code"):
+        evaluate(Oracle(), EXAMPLES, "humaneval", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
