@@ -174,10 +174,8 @@ def _scorer(benchmark: str, rule: str) -> tuple[str, Callable[[str, Example], An
     from lab.data import benchmark as entry_of
     from lab.data.answers import KINDS, RULES, score
 
-    if benchmark in KINDS and benchmark not in BENCHMARKS:
-        rule = rule or KINDS[benchmark]
-    else:
-        rule = rule or entry_of(benchmark).strict
+    kind = benchmark in KINDS and benchmark not in BENCHMARKS
+    rule = rule or (KINDS[benchmark] if kind else entry_of(benchmark).strict)
     if rule not in RULES:
         raise unknown("strict rule", rule, RULES)
     return rule, lambda text, example: score(text, example.answer, benchmark, rule)
