@@ -1,6 +1,7 @@
 """Our models and plain transformers generation answer the same evaluation the same way."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from lab.models.latent_model import LatentModel
 from lab.models.tokenizers import byte_tokenizer
 
 torch.set_num_threads(1)
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 EXAMPLES = [Example(id=str(i), question="12 + 3 = ?" * (1 + i % 3), answer="15") for i in range(5)]
 SAMPLED = Decoding(temperature=0.8, top_k=20, top_p=0.9, max_new_tokens=12, seed=3)
 
@@ -61,3 +63,41 @@ def test_groups_are_runs_of_whole_questions():
     wanted = [Request(n, s, EXAMPLES[0]) for n, s in [(0, 0), (0, 1), (1, 0), (1, 1), (4, 1), (5, 0), (5, 1), (6, 0)]]
     groups = [[(r.number, r.sample) for r in group] for group in runs(reversed(wanted), batch=3)]
     assert groups == [[(0, 0), (0, 1), (1, 0), (1, 1)], [(4, 1), (5, 0), (5, 1)], [(6, 0)]]
+
+
+def test_a_model_of_second_passes_is_evaluated_by_its_own_generation(tmp_path):
+    from lab.models.layouts import load
+
+    model = load(FIXTURES / "tah" / "checkpoint_official_layout")
+    prompts = [[5, 9, 3 + i] for i in range(4)]
+    examples = [Example(id=str(i), question=" ".join(map(str, ids)), answer="1") for i, ids in enumerate(prompts)]
+    found = {}
+    for policy in ("never", "always", "decider"):
+        generator = Latent(WithIds(model, prompts), policy=policy)
+        found[policy] = evaluate(generator, examples, "ids", tmp_path / policy, Decoding(max_new_tokens=10), scorer=score, repeat=2)
+    never, always, decider = (found[name].passes_per_token for name in ("never", "always", "decider"))
+    assert never == 1.0 and 1.5 < always <= 2.0 and never <= decider <= always
+    assert all(result.output_tokens > 0 for result in found.values())
+
+
+class WithIds:
+    """A model asked in token ids, where the test has no text."""
+
+    def __init__(self, model, prompts):
+        self.model, self.prompts = model, prompts
+        self.method, self.source, self.settings = model.method, model.source, model.settings
+
+    def generate(self, examples, samples, **options):
+        return self.model.generate([self.prompts[int(example.id)] for example in examples], samples, **options)
+
+
+def test_thoughts_count_as_passes(tmp_path):
+    from lab.methods.coconut.config import CoconutSettings
+    from lab.methods.coconut.model import CoconutModel
+
+    tokenizer = byte_tokenizer()
+    backbone = load_backbone("toy:gpt2-micro", vocab_size=len(tokenizer), initializer_range=0.3)
+    model = CoconutModel.start(backbone, tokenizer, CoconutSettings(c_thought=2)).eval()
+    decoding = Decoding(max_new_tokens=6)
+    result = evaluate(Latent(model, thoughts=4), EXAMPLES, "sums", tmp_path / "a", decoding, scorer=score)
+    assert result.passes == pytest.approx(result.output_tokens + 4)
