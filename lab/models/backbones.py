@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from lab.config import Settings
 from lab.errors import CheckpointError, DeviceError, SettingsError, unknown
+from lab.hub import local_only
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -132,6 +133,7 @@ def load_pretrained(name: str, dtype: str = "auto") -> "PreTrainedModel":
 
     config = load_config(name)
     options = dict(config=config, dtype=DTYPES.get(dtype, "auto"), attn_implementation="sdpa", trust_remote_code=False)
+    options["local_files_only"] = local_only(name)
     try:
         with _quiet():
             model, report = causal_class(config).from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
@@ -150,7 +152,7 @@ def load_config(name: str, *, local_files_only: bool = False, **size_overrides: 
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=local_files_only)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=local_files_only or local_only(name))
     except Exception as error:  # OSError, ValueError, KeyError and json errors share no base
         raise CheckpointError(f"Cannot read the config of {name!r}: {_first_line(error)}{_hub_hint(name)}") from error
     if getattr(config, "auto_map", None):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lab.errors import CheckpointError, SettingsError, unknown
+from lab.hub import local_only
 from lab.models.backbones import DTYPES, check_device, load_backbone
 from lab.models.latent_model import MANIFEST, LatentModel, load_own, read_manifest
 from lab.models.loading import WEIGHT_FILES, read_json, tensor_shapes
@@ -169,16 +170,18 @@ def local_path(name: str, revision: str | None = None) -> Path:
         raise CheckpointError(f"There is no file or folder {name!r}.")
     from huggingface_hub import HfApi, snapshot_download
 
+    offline = local_only(name)
     try:
+        if offline:
+            return Path(snapshot_download(name, revision=revision, local_files_only=True))
         wanted = useful(HfApi().list_repo_files(name, revision=revision))
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:  # hub, network and name errors share no base
-        try:
-            return Path(snapshot_download(name, revision=revision, local_files_only=True))
-        except Exception:
+        if offline:
+            reason = "it is not in the local cache, and the hub cannot be reached; download it elsewhere and give its folder"
+        else:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            hint = "If this machine is offline, download it elsewhere and give its folder."
-            raise CheckpointError(f"There is no folder {name!r}, and the hub does not give it: {reason}. {hint}") from error
+        raise CheckpointError(f"There is no folder {name!r}, and nothing to fetch: {reason}.") from error
 
 
 def useful(names: Iterable[str]) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lab.errors import CheckpointError, SettingsError
+from lab.hub import local_only
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -116,7 +117,7 @@ def load_tokenizer(name: str, *, pad: bool = False, eos: bool = False, chat: boo
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local_only(name))
     except Exception as error:  # OSError, ValueError, KeyError, json and tokenizers errors share no base
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise CheckpointError(f"Cannot load a tokenizer from {name!r}: {reason}.") from error
