@@ -124,6 +124,21 @@ def report(
 
 
 @app.command()
+def figures(
+    runs: Runs,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to.")] = Path("figures"),
+    size: Annotated[str, typer.Option(help="column, wide or slide.")] = "column",
+    as_json: AsJson = False,
+) -> None:
+    """Draw the figures of run folders again from their numbers, as PDF, SVG and PNG with a CSV beside them."""
+    from lab.figures import redraw
+    from lab.report import expand
+
+    paths = [str(path) for path in redraw(expand(runs), out, size)]
+    _show(paths, "\n".join(paths) or "These runs have no figures.", as_json)
+
+
+@app.command()
 def verify(runs: Runs, as_json: AsJson = False) -> None:
     """Check that the files of finished steps are the ones that were written."""
     from lab.audit import verify as check

@@ -22,7 +22,7 @@ from typing import Any
 
 from lab import provenance
 from lab.errors import RunError, SettingsError, unknown
-from lab.files import append_line, file_digest, lock, make_folder, plain, read_json, write_bytes, write_json, write_text, writing
+from lab.files import append_line, file_digest, lock, make_folder, plain, read_json, write_json, write_text, writing
 from lab.records import METRICS, RESULTS, STEP, StepRecord, fingerprint
 
 log = logging.getLogger(__name__)
@@ -291,17 +291,20 @@ class Step:
         write_text(self.folder / "tables" / f"{name}.csv", _csv(records))
         write_json(self.folder / "tables" / f"{name}.json", records)
 
-    def save_figure(self, fig: Any, name: str, table: Any = None) -> Path:
-        """Keeps a matplotlib figure as figures/<name>.svg and .png with its numbers (`table`) beside it as .csv; returns the SVG's path."""
-        import io
+    def save_figure(self, fig: Any, name: str, table: Any) -> Path:
+        """Keeps a figure as figures/<name>.svg, .png and .pdf with the numbers it drew (`table`) beside it as .csv; returns the SVG's path.
+
+        What `lab.figures` drew can be drawn again from this folder at another size: `lab figures`.
+        """
+        import pandas as pd
+
+        from lab import figures
 
         folder = self.folder / "figures"
-        for kind, options in {"svg": {"metadata": {"Date": None}}, "png": {"dpi": 160}}.items():
-            buffer = io.BytesIO()
-            fig.savefig(buffer, format=kind, bbox_inches="tight", **options)
-            write_bytes(folder / f"{name}.{kind}", buffer.getvalue())
-        if table is not None:
-            write_text(folder / f"{name}.csv", _csv(_records(table)))
+        with writing(folder):
+            figures.save(fig, table if isinstance(table, pd.DataFrame) else pd.DataFrame(_records(table)), folder, name)
+        if source := getattr(fig, "source", None):
+            write_json(folder / f"{name}.json", source)
         return folder / f"{name}.svg"
 
     def save_view(self, view: Any, name: str) -> Path:

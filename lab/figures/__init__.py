@@ -19,6 +19,7 @@ _WHERE = {
     "pruning": "counts",
     "thoughts_against_gold_steps": "counts",
     "method_comparison": "comparison",
+    "redraw": "again",
     "save": "style",
 }
 __all__ = sorted(_WHERE)

@@ -24,7 +24,9 @@ GREY = palette.HUES["grey"]
 
 
 class Picture(Figure):
-    """A matplotlib figure that shows itself in a notebook without pyplot."""
+    """A matplotlib figure that shows itself in a notebook without pyplot; `source` says how to draw it again from its table."""
+
+    source: dict[str, Any] | None = None
 
     def _repr_png_(self) -> bytes:
         with mpl.rc_context(rules("column")):
@@ -91,6 +93,8 @@ def figure(*needed: str) -> Callable[[Callable[..., None]], Callable[..., Pictur
                 picture = Picture(figsize=SIZES[size])
                 FigureCanvasAgg(picture)
                 draw(picture.add_subplot(), table.reset_index(drop=True), **options)
+            if not any(isinstance(value, pd.DataFrame) for value in options.values()):
+                picture.source = {"figure": draw.__name__, "options": options}
             return picture
 
         return drawn

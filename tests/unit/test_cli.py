@@ -119,7 +119,9 @@ def test_the_doctor_says_what_to_do(bench, monkeypatch, capsys):
     assert status == 1 and "NO python" in out and "Install Python 3.11" in out
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["sweep"], ["demo"], ["papers"], ["report"], ["verify"], ["rerun"], ["doctor"]])
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["sweep"], ["demo"], ["papers"], ["report"], ["figures"], ["verify"], ["rerun"], ["doctor"]]
+)
 def test_every_command_explains_itself(command):
     result = CliRunner().invoke(cli.app, [*command, "--help"])
     assert result.exit_code == 0 and "Usage" in result.output

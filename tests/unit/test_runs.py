@@ -185,18 +185,36 @@ def test_latest_without_any_run_says_how_to_make_one(bench):
         runs.latest("mini")
 
 
-def test_figures_come_with_their_numbers(begin):
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("agg")
+def test_figures_come_with_their_numbers_and_can_be_drawn_again(begin, tmp_path, monkeypatch, capsys):
+    import sys
+
+    import pandas as pd
+
+    from lab import cli, figures
+
+    table = pd.DataFrame({"iterations": [1, 2], "share": [0.9, 0.1]})
+    step = begin()
+    path = step.save_figure(figures.iteration_histogram(table), "histogram", table)
+    assert path.with_suffix(".csv").read_text() == "iterations,share\n1,0.9\n2,0.1\n"
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    kept = path.read_bytes()
+    finish(step)
+    monkeypatch.setattr(sys, "argv", ["lab", "figures", str(step.run.folder), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    again = tmp_path / "out" / f"{step.run.folder.name}-draw-histogram.svg"
+    assert again.read_bytes() == kept and again.with_suffix(".pdf").exists()
+    assert str(again) in capsys.readouterr().out
+
+
+def test_any_matplotlib_figure_can_be_kept(begin):
     from matplotlib.figure import Figure
 
     figure = Figure()
     figure.subplots().plot([0, 1], [1, 2])
-    step = begin()
-    path = step.save_figure(figure, "line", {"x": [0, 1], "y": [1, 2]})
-    assert path.read_text().lstrip().startswith("<?xml")
-    assert path.with_suffix(".csv").read_text() == "x,y\n0,1\n1,2\n"
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    path = begin().save_figure(figure, "line", {"x": [0, 1], "y": [1, 2]})
+    assert path.with_suffix(".csv").read_text() == "x,y\n0,1\n1,2\n" and not path.with_suffix(".json").exists()
 
 
 def test_undefined_numbers_stay_readable_json(begin):
