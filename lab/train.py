@@ -172,7 +172,7 @@ def fit(
 
         def build() -> Supervised:
             _set_precision(model, settings, recovery.float32)
-            trainer = Supervised(job, str(folder), recovery.clip)
+            trainer = Supervised(job, str(folder))
             detector = Detector(settings.guard, settings.warmup(plan.steps))
             trainer.watch(ring, recovery, detector, settings.save_every)
             return trainer

@@ -118,10 +118,9 @@ class Job:
 class Supervised(Guarded, Trainer):
     """One training job. The Trainer's own batch is the process's share of a global batch; micro-batches are made here."""
 
-    def __init__(self, job: Job, folder: str, clip: float = math.inf):
+    def __init__(self, job: Job, folder: str) -> None:
         self.job, self.s, self.plan = job, job.settings, job.plan
-        clip = min(self.s.clip or math.inf, clip)
-        super().__init__(model=Step(job.model, job.loss), args=_arguments(self.s, self.plan, folder, clip))
+        super().__init__(model=Step(job.model, job.loss), args=_arguments(self.s, self.plan, folder))
         self.args._n_gpu = 1  # one process drives one device
         self.loss_is_scaled_for_ga = True
         self.accelerator.free_memory = lambda *objects: list(objects)  # nothing to free yet; a full collection takes a quarter second
@@ -162,15 +161,9 @@ class Supervised(Guarded, Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self.optimizer = self.optimizer.optimizer  # accelerate's wrapper has nothing to scale, and looks for a package at every step
-        self.lr_scheduler = optim.follow(self.optimizer, lambda step: self.s.rate(step, self.plan.steps) * self.recovery.lr_scale(step))
+        self.lr_scheduler = optim.follow(self.optimizer, lambda step: self.s.rate(step, self.plan.steps))
         self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        ready = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if resume_from_checkpoint is None and self.s.guard.enabled:
-            self.save(0)
-        return ready
+        return super().create_scheduler(num_training_steps)
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # not reported
@@ -331,13 +324,13 @@ class Supervised(Guarded, Trainer):
         self.best = {**state["best"], "score": float(state["best"]["score"])}
 
 
-def _arguments(s: Any, plan: Plan, folder: str, clip: float) -> TrainingArguments:
+def _arguments(s: Any, plan: Plan, folder: str) -> TrainingArguments:
     return TrainingArguments(
         output_dir=folder,
         max_steps=plan.steps,
         per_device_train_batch_size=plan.global_batch,
         learning_rate=s.lr,
-        max_grad_norm=clip,
+        max_grad_norm=s.clip,
         bf16=s.bf16,
         use_cpu=s.device == "cpu" or not torch.cuda.is_available(),
         seed=s.seed,

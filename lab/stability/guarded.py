@@ -1,6 +1,7 @@
 """What makes any transformers Trainer watch itself, save resumable checkpoints and stop when it diverges."""
 
 import logging
+import math
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,8 +35,8 @@ class Guarded:
     """Mixin before a Trainer class: skips non-finite updates, raises `Diverged`, and owns checkpoints (distill.md 2C).
 
     Call `watch` after construction. The trainer puts each step's scalars into `self.signals` (0-dim tensors or floats, the
-    total under `loss`; a name with a slash is recorded but judged by no rule) before gradients are clipped. It must be built
-    with `save_strategy="no"`, `ignore_data_skip=True` and a positive `max_grad_norm`.
+    total under `loss`; a name with a slash is recorded but judged by no rule) before gradients are clipped. It must be built with
+    `save_strategy="no"`, and with `ignore_data_skip=True` only if its own sampler starts at `self.state.global_step`.
     """
 
     def watch(self, ring: Ring, recovery: Recovery, detector: Detector, save_every: int) -> None:
@@ -44,6 +45,7 @@ class Guarded:
         self.signals: dict[str, Tensor | float] = {}
         self.values: dict[str, float] = {}
         self.gradient_norm = 0.0
+        self.args.max_grad_norm = min(self.args.max_grad_norm or math.inf, recovery.clip)  # infinity: measured, never clipped
 
     @property
     def learner(self) -> nn.Module:
@@ -101,6 +103,20 @@ class Guarded:
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self.save_if_due()
 
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own schedule, times what the recoveries so far ask for."""
+        scheduler = super().create_scheduler(*args, **kwargs)
+        if hasattr(scheduler, "lr_lambdas"):
+            gentler = self.recovery.lr_scale
+            scheduler.lr_lambdas = [lambda step, own=own: own(step) * gentler(step) for own in scheduler.lr_lambdas]
+        return scheduler
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        ready = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is None and self.detector.guard.enabled:
+            self.save(0)
+        return ready
+
     def save_if_due(self, validated: bool = False) -> None:
         """Settles probations, and saves where the cadence says so."""
         step = self.state.global_step
@@ -149,6 +165,8 @@ class Guarded:
     def _set_rate(self, step: int) -> None:
         """Puts a LambdaLR scheduler and its groups at `step`, by the factor that holds now."""
         scheduler = self.lr_scheduler
+        if not hasattr(scheduler, "lr_lambdas"):
+            raise CheckpointError(f"A schedule of kind {type(scheduler).__name__} cannot be resumed exactly; choose linear or cosine.")
         scheduler.last_epoch = step
         factors = [factor(step) for factor in scheduler.lr_lambdas]
         scheduler._last_lr = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
@@ -156,8 +174,12 @@ class Guarded:
             group["lr"] = rate
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            _set_random_state(torch.load(Path(checkpoint) / RANDOM, weights_only=True))
+        if checkpoint is None:
+            return
+        _set_random_state(torch.load(Path(checkpoint) / RANDOM, weights_only=True))
+        events = self.recovery.events
+        if events and events[-1]["resumed"] == self.state.global_step:  # the same data with new draws
+            torch.manual_seed(torch.initial_seed() + len(events))
 
 
 def train_guarded(build: Any, ring: Ring, guard: Guard, recovery: Recovery, on_event: Any) -> Any:
