@@ -33,7 +33,7 @@ _SIMPLE = [
     (re.compile(r"\\(?:geq|ge)(?![A-Za-z])"), r"\\ge "),
     (re.compile(r"\\(?:displaystyle|mathrm|mathbf|boldsymbol)(?![A-Za-z])"), ""),
 ]
-_AND = re.compile(r"\\(?:text|mbox)\s*\{\s*(?:,\s*)?(?:and|or)\s*\}|(?<=[\s\d}])(?:and|or)(?=[\s\d\\])", re.IGNORECASE)
+_AND = re.compile(r",?\s*\\(?:text|mbox)\s*\{\s*(?:,\s*)?(?:and|or)\s*\}|(?<=[\s\d}])(?:and|or)(?=[\s\d\\])", re.IGNORECASE)
 _UNITS = re.compile(rf"\s*{_WORDS}\s*(?:\^\s*(?:\{{[^{{}}]*\}}|\d))?")
 _FUNCTIONS = r"(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|mod|gcd|lcm|min|max|arc|inf)"
 _UNIT = rf"(?!{_FUNCTIONS})[A-Za-z]"

@@ -6,7 +6,7 @@ from lab.data.answers import text as texts
 
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|textsf|textit|mathrm|mathbf|mathsf|mbox|bf|rm)\s*\{([^{}]*)\}")
 _LEAD = r"[\s:$*_`\"'“”‘’.\[{]*(?:(?:the|an?|correct|right|final|best)\s+)*(?:(?:option|choice|letter|answer)\b[\s:*_]*(?:is\b[\s:*_]*)?)*"
-_FIRST = re.compile(rf"{_LEAD}\(?\s*(?P<letter>[A-Za-z])(?![A-Za-z0-9'’])(?P<rest>.*)", re.DOTALL)
+_FIRST = re.compile(rf"{_LEAD}\(?\s*(?P<letter>[A-Za-z])(?![A-Za-z0-9]|['’][A-Za-z])(?P<rest>.*)", re.DOTALL)
 _BRACKETED = re.compile(r"(?<![A-Za-z0-9])\(\s*([A-Za-z])\s*\)")
 _AFTER_LETTER = re.compile(r"\s+(?:because|since|as|and|or|is|was|for|with|which|that|due|by|not|but|so|if|from|via)\b", re.IGNORECASE)
 
@@ -44,7 +44,7 @@ def _stands_alone(letter: str, rest: str) -> bool:
 def _anywhere(text: str, letters: str) -> str | None:
     """A letter that is the whole output, else the last one in parentheses."""
     text = plain(text)
-    whole = re.fullmatch(r"[\s$\"'“”_]*(?:option\s+|choice\s+)?\(?\s*([A-Za-z])\s*[).:]*[\s$\"'“”_]*", text, re.IGNORECASE)
+    whole = re.fullmatch(r"[\s$\"'“”_]*(?:option\s+|choice\s+)?[(\[]?\s*([A-Za-z])\s*[)\].:]*[\s$\"'“”_]*", text, re.IGNORECASE)
     found = [whole[1]] if whole else _BRACKETED.findall(text)
     return next((letter.upper() for letter in reversed(found) if letter.upper() in letters), None)
 

@@ -36,13 +36,13 @@ _NUMBER = re.compile(
     r"|(?P<mixed>(?P<whole>\d+) +(?P<over>[1-9]\d*) ?/ ?(?P<under>[1-9]\d*)(?![\d/]|\.\d))"
     # digits in groups of three or in a row, decimals, e-notation, "x 10^n", a power
     r"|(?:(?P<integer>[1-9]\d{0,2}(?P<sep>[, _])\d{3}(?:(?P=sep)\d{3})*(?!\d)|\d+)(?P<decimals>\.\d+)?|(?<![\w.])(?P<bare>\.\d+))"
-    rf"(?:[eE](?P<e>[+-]?\d+)(?!\w))?(?:\s*[x×*]\s*10\s*(?:\^|\*\*)\s*(?P<scale>{_EXPONENT}))?"
+    rf"(?:[eE](?P<e>[+-]?\d+)(?!\w))?(?:\s*[xX×*]\s*10\s*(?:\^|\*\*)\s*(?P<scale>{_EXPONENT}))?"
     rf"(?:(?:\s*\^\s*|\*\*(?=[+-]?\d))(?P<power>{_EXPONENT}))?"
 )
 _CURRENCY = re.compile(r"(?:(?:US|CA|A|C|HK|NZ|S)?[$€£¥₹₩₽฿]|(?<![A-Za-z])(?:USD|EUR|GBP|INR|CAD|AUD|Rs\.?))\s*\Z")
 _LETTERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+\Z")
 _SLASH = re.compile(r" ?/ ?(?=\.?\d)")
-_EXPONENT_OF = re.compile(r"\^\s*[{(]?\s*[+-]?\s*\Z|[A-Za-z0-9)}]_\{?\Z")
+_EXPONENT_OF = re.compile(r"\^\s*[{(]?\s*[+-]?\s*\Z|[A-Za-z0-9)}]_\{?\Z|[A-Za-z)}]\*\*\Z")
 _LARGEST = 4000
 
 
@@ -78,7 +78,7 @@ def numbers(text: str, starts_list: bool = False) -> Iterator[Found]:
 
 def _in_word(before: str) -> bool:
     """Whether a digit that follows `before` belongs to a word such as H2O (and to no LaTeX command, currency or product)."""
-    return bool(_LETTERS.search(before)) and not _CURRENCY.search(before) and not re.search(r"\d ?x\Z", before)
+    return bool(_LETTERS.search(before)) and not _CURRENCY.search(before) and not re.search(r"\d ?[xX]\Z", before)
 
 
 def _read(text: str, match: re.Match, before: str) -> tuple[Fraction | None, int]:

@@ -31,7 +31,7 @@ class Marker(NamedTuple):
 
 def cut(text: str) -> str:
     """The part of an output that counts: no special tokens, only what follows the last `</think>`, nothing from a next question on."""
-    text = _SPECIAL.sub(" ", text).rpartition("</think>")[2].lstrip()
+    text = _SPECIAL.sub(" ", text).rpartition("</think>")[2]
     following = _NEXT_QUESTION.search(text)
     return text[: following.start()] if following else text
 
