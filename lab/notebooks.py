@@ -49,7 +49,7 @@ def _papermill(notebook: Path, output: Path, parameters: dict[str, Any], on_cell
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    logging.getLogger("papermill").setLevel(logging.WARNING)
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # its warnings are about parameters, which lab.parameters has checked
     hooks = {"on_cell_start": _counter(notebook, on_cell)} if on_cell else {}
     given = {"kernel_manager_class": manager} if manager is not None else {}
     try:
@@ -92,10 +92,23 @@ def to_html(notebook: Path) -> Path:
         for output in cell.get("outputs", []):
             if len(output.get("data", {})) > 1:
                 output.data.pop(WIDGET, None)
-    exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True, sanitize_html=False)
+    exporter = HTMLExporter(log=_quiet(), exclude_input_prompt=True, exclude_output_prompt=True, sanitize_html=False)
     exporter.require_js_url = exporter.mathjax_url = exporter.jquery_url = exporter.mermaid_js_url = ""
     html, _ = exporter.from_notebook_node(content)
-    return write_text(notebook.with_suffix(".html"), _offline(html))
+    return write_text(notebook.with_suffix(".html"), _offline(_both_themes(html, exporter.template_paths)))
+
+
+def _both_themes(html: str, templates: list[str]) -> str:
+    """`html` with JupyterLab's dark colours beside its light ones; views inside it follow the reader's system too."""
+    dark = next(path.read_text() for folder in templates if (path := Path(folder) / "static" / "theme-dark.css").exists())
+    style = f"<style>@media (prefers-color-scheme: dark) {{ {dark} }}</style></head>"
+    return html.replace("</head>", style, 1).replace('data-jp-theme-light="true"', "").replace('data-jp-theme-name="JupyterLab Light"', "")
+
+
+def _quiet() -> logging.Logger:
+    logger = logging.getLogger(f"{__name__}.html")
+    logger.setLevel(logging.ERROR)
+    return logger
 
 
 def _offline(html: str) -> str:

@@ -34,6 +34,7 @@ class Pipeline(Settings):
     paper: str
     title: str
     about: str = ""  # one or two sentences for the report
+    result: str = ""  # the step whose headline is the paper's result
     steps: list[StepSpec]
 
     def spec(self, step: str) -> StepSpec:

@@ -6,6 +6,7 @@ from typing import Any
 
 from lab import provenance
 from lab.files import digest, file_digest, read_json, read_lines
+from lab.tables import rows_of, table_html, table_text
 
 STEP, RESULTS, METRICS = "step.json", "results.json", "metrics.jsonl"
 
@@ -16,6 +17,11 @@ class StepRecord:
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, folder.name
         self.info: dict[str, Any] = read_json(folder / STEP)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        """The headline as a table: what the last cell of a notebook shows."""
+        rows = rows_of([({}, {self.name: self.results})])
+        return {"text/html": table_html(rows), "text/plain": f"{table_text(rows)}\n\n{self.folder}"}
 
     def summary(self) -> dict[str, Any]:
         """What the manifest says about this step."""

@@ -15,7 +15,7 @@ from lab.files import write_text
 from lab.progress import clock
 from lab.records import StepRecord, results_of
 from lab.runs import MANIFEST, Run, open_run
-from lab.tables import SEED, Row, cell_text, columns, rows_of, split, table_text
+from lab.tables import SEED, Row, cell_text, rows_of, table_html, table_text
 from lab.view import palette
 
 TABLE_LIMIT = 60  # rows of a step's table that the page shows; all are in the CSV beside it
@@ -46,13 +46,20 @@ def expand(folders: Iterable[Path]) -> list[Path]:
 
 
 def _headlines(runs: list[Run]) -> list[Row]:
+    """Rows of the steps that hold their paper's result (see Pipeline.result), seeds together."""
     several = len({run.manifest["paper"] for run in runs}) > 1
     points = []
     for run in runs:
-        manifest = run.manifest
+        manifest, results = run.manifest, results_of(run.folder)
         which = {"paper": manifest["paper"]} if several else {}
-        points.append(({**which, **manifest.get("overrides", {})}, results_of(run.folder)))
+        wanted = _result_step(manifest["paper"])
+        shown = {wanted: results[wanted]} if wanted in results else results
+        points.append(({**which, **manifest.get("overrides", {})}, shown))
     return rows_of(points)
+
+
+def _result_step(paper: str) -> str:
+    return papers.pipeline(paper).result if paper in papers.papers() else ""
 
 
 def _page(body: str, manifests: list[Mapping[str, Any]]) -> str:
@@ -75,7 +82,7 @@ def _about(manifests: list[Mapping[str, Any]]) -> str:
 def _overview(runs: list[Run]) -> str:
     links = "".join(f'<li><a href="#{_anchor(group[0])}">{_name(group[0])}</a></li>' for group in _groups(runs))
     rows = _headlines(runs)
-    tables = "".join(_table(table) for table in split([row for row in rows if row["arm"]]))
+    tables = table_html([row for row in rows if row["arm"]])
     single = "".join(_key_numbers(row) for row in rows if not row["arm"])
     note = '<p class="soft">Means over runs that differ in their seed only, ± half a 95 % t-interval, and the number of runs.</p>'
     navigation = f"<nav><ul>{links}</ul></nav>" if len(runs) > 1 else ""
@@ -90,7 +97,8 @@ def _key_numbers(row: Row) -> str:
         if value and not isinstance(value, Mapping)
     ]
     numbers = {name: cell_text(value) for name, value in row.items() if isinstance(value, Mapping)}
-    return f"<h4>{_safe(' · '.join(filter(None, about)))}</h4>{_definitions(numbers)}" if numbers else ""
+    heading = " · ".join(filter(None, about))
+    return (f"<h4>{_safe(heading)}</h4>" if heading else "") + _definitions(numbers) if numbers else ""
 
 
 def _definitions(facts: Mapping[str, Any]) -> str:
@@ -119,7 +127,7 @@ def _group(runs: list[Run]) -> str:
 
 def _run(run: Run) -> str:
     manifest = run.manifest
-    steps = "".join(_step(record) for record in run.steps())
+    steps = "".join(_step(record, manifest["paper"]) for record in run.steps())
     return f"{_facts(manifest)}{_warnings(manifest)}{steps}{_steps(manifest)}{_manifest(manifest)}"
 
 
@@ -163,7 +171,7 @@ def _warnings(manifest: Mapping[str, Any]) -> str:
 
 def _steps(manifest: Mapping[str, Any]) -> str:
     rows = [_step_row(name, step) for name, step in manifest["steps"].items()]
-    return f"<details><summary>Steps, time and memory</summary>{_table(rows)}</details>"
+    return f"<details><summary>Steps, time and memory</summary>{table_html(rows)}</details>"
 
 
 def _step_row(name: str, step: Mapping[str, Any]) -> Row:
@@ -171,12 +179,20 @@ def _step_row(name: str, step: Mapping[str, Any]) -> Row:
     return {"step": name, "status": step["status"], "seconds": step.get("wall_s") or step.get("seconds"), **memory}
 
 
-def _step(record: StepRecord) -> str:
+def _step(record: StepRecord, paper: str) -> str:
     parts = [_figure(path) for path in record.files("figures", "*.svg")]
     parts += [_captioned(name, rows) for name, rows in record.tables.items()]
     views = "".join(f"<div class=view>{path.read_text()}</div>" for path in record.files("views", "*.html")) + _training(record)
+    if record.name != _result_step(paper):
+        parts.insert(0, _own_headline(record))
     grid = f"<div class=parts>{''.join(parts)}</div>" if parts else ""
     return f"<section><h3>{_safe(record.name)}</h3>{grid}{views}</section>" if parts or views else ""
+
+
+def _own_headline(record: StepRecord) -> str:
+    rows = rows_of([({}, {record.name: record.results})])
+    arms = [{name: value for name, value in row.items() if name != "step"} for row in rows if row["arm"]]
+    return table_html(arms) + "".join(_key_numbers({**row, "step": ""}) for row in rows if not row["arm"])
 
 
 def _figure(path: Path) -> str:
@@ -186,27 +202,7 @@ def _figure(path: Path) -> str:
 
 def _captioned(name: str, rows: list[Row]) -> str:
     note = f" (first {TABLE_LIMIT} of {len(rows)} rows; all in tables/{name}.csv)" if len(rows) > TABLE_LIMIT else ""
-    return _table(rows[:TABLE_LIMIT], name.replace("_", " ") + note)
-
-
-def _table(rows: list[Row], caption: str = "") -> str:
-    if not rows:
-        return ""
-    names = columns(rows)
-    head = "".join(f'<th scope="col"{_numeric(rows, name)}>{_safe(name.replace("_", " "))}</th>' for name in names)
-    body = "".join(
-        "<tr>" + "".join(f"<td{_numeric(rows, name)}>{_safe(cell_text(row.get(name)))}</td>" for name in names) + "</tr>" for row in rows
-    )
-    title = f"<caption>{_safe(caption)}</caption>" if caption else ""
-    return f'<div class="scroll" tabindex="0"><table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _cells(rows: list[Row], row: Row, names: list[str]) -> str:
-    return "".join(f"<td{_numeric(rows, name)}>{_safe(cell_text(row.get(name)))}</td>" for name in names)
-
-
-def _numeric(rows: list[Row], name: str) -> str:
-    return ' class="n"' if all(isinstance(row.get(name), Mapping | int | float | None) for row in rows) else ""
+    return table_html(rows[:TABLE_LIMIT], name.replace("_", " ") + note)
 
 
 def _training(record: StepRecord) -> str:

@@ -319,8 +319,8 @@ class Step:
             trace.save(path)
         return path
 
-    def finish(self, **headline: Any) -> Path:
-        """Ends the step: `headline` (numbers, or {arm: {metric: number}}) becomes results.json; returns the folder under its final name."""
+    def finish(self, **headline: Any) -> StepRecord:
+        """Ends the step: `headline` (numbers, or {arm: {metric: number}}) becomes results.json; returns the step, which shows it."""
         if self.info["status"] == "done":
             raise RunError(f"Step {self.name} has finished already; run the set-up cell again to do it anew.")
         write_json(self.folder / RESULTS, headline)
@@ -333,7 +333,7 @@ class Step:
         self.folder = final
         self.run.record()
         self.close()
-        return final
+        return StepRecord(final)
 
     def _files(self) -> dict[str, str]:
         paths = [path for path in sorted(self.folder.rglob("*")) if path.is_file() and path != self.folder / STEP]

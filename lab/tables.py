@@ -1,5 +1,6 @@
 """Headlines of runs as rows: arms and metrics flattened, the mean over seeds with its interval, text for a terminal."""
 
+import html
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -69,11 +70,15 @@ def cell_text(cell: Any) -> str:
 
 
 def number_text(value: Any) -> str:
-    """A number with three decimals, or three digits where it is tiny or huge; whole numbers and texts as they are."""
+    """A number with three decimals, or three digits where it is tiny or huge, a dash if undefined; whole numbers and texts as they are."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value in ("nan", "inf", "-inf"):
+        value = float(value)
     if not isinstance(value, float):
         return "" if value is None else str(value)
     if not math.isfinite(value):
-        return str(value)
+        return "–" if math.isnan(value) else str(value)
     if value != 0 and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.2e}"
     return f"{value:.3f}"
@@ -86,7 +91,7 @@ def columns(rows: list[Row]) -> list[str]:
 
 
 def split(rows: list[Row]) -> list[list[Row]]:
-    """Rows in tables that fit together: one for each set of columns, in order of appearance."""
+    """Rows in tables that fit together: one for each set of columns, in order of appearance; none for no rows."""
     tables: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         tables.setdefault(tuple(sorted(row)), []).append(row)
@@ -102,10 +107,30 @@ def _aligned(rows: list[Row]) -> str:
     names = columns(rows)
     lines = [names, *([cell_text(row.get(name)) for name in names] for row in rows)]
     widths = [max(len(line[index]) for line in lines) for index in range(len(names))]
-    numeric = [all(isinstance(row.get(name), Mapping | int | float) for row in rows) for name in names]
+    numeric = [all(_right(row.get(name)) for row in rows) for name in names]
     placed = ["  ".join(_place(*cell) for cell in zip(line, widths, numeric, strict=True)).rstrip() for line in lines]
     return "\n".join([placed[0], "-" * max(map(len, placed)), *placed[1:]])
 
 
 def _place(text: str, width: int, right: bool) -> str:
     return text.rjust(width) if right else text.ljust(width)
+
+
+def table_html(rows: list[Row], caption: str = "") -> str:
+    """Rows as an HTML table, escaped; one table below the other where columns differ."""
+    return "".join(_html(table, caption) for table in split(rows))
+
+
+def _html(rows: list[Row], caption: str) -> str:
+    names = columns(rows)
+    right = {name: ' class="n" style="text-align:right"' for name in names if all(_right(row.get(name)) for row in rows)}
+    head = "".join(f'<th scope="col"{right.get(name, "")}>{html.escape(name.replace("_", " "))}</th>' for name in names)
+    lines = ("".join(f"<td{right.get(name, '')}>{html.escape(cell_text(row.get(name)))}</td>" for name in names) for row in rows)
+    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    wide = " wide" if len(names) > 6 else ""
+    return f'<div class="scroll{wide}" tabindex="0"><table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _right(value: Any) -> bool:
+    return value is None or isinstance(value, Mapping | int | float) or value in ("nan", "inf", "-inf")

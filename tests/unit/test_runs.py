@@ -25,7 +25,7 @@ def begin(bench):
 
 
 def finish(step, **headline):
-    return step.finish(**headline)
+    return step.finish(**headline).folder
 
 
 def test_a_finished_step_lies_under_its_name_and_says_what_ran(begin):
@@ -243,6 +243,11 @@ def test_warnings_reach_the_manifest(begin):
     step.warn("half of the answers were cut off")
     finish(step)
     assert runs.open_run(step.run.folder).manifest["warnings"] == ["draw: half of the answers were cut off"]
+
+
+def test_the_last_cell_of_a_notebook_shows_the_headline(begin):
+    bundle = begin().finish(tah={"hard": 0.81}, note="<b>")._repr_mimebundle_()
+    assert "0.810" in bundle["text/plain"] and "<td" in bundle["text/html"] and "&lt;b&gt;" in bundle["text/html"]
 
 
 def test_finishing_twice_is_refused(begin):

@@ -37,7 +37,9 @@ def test_words_and_undefined_numbers():
         (12, "12"),
         (None, ""),
         ("word", "word"),
-        (float("nan"), "nan"),
+        (float("nan"), "–"),
+        ("nan", "–"),
+        (True, "yes"),
     ],
 )
 def test_cells_as_text(cell, text):
