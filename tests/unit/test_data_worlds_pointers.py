@@ -60,7 +60,7 @@ def test_shares_and_seeds(task):
     base = made.batch(4000, 1, "base")
     assert not base.hard.any()
     capital = np.isin(base.ids[:, 9::2], range(11, 19)).mean()
-    assert abs(capital - 0.5) < 0.02
+    assert abs(capital - {"spelled": 0.5, "arrows": 0.2}[task]) < 0.02
     assert (made.batch(4000, 1).ids == tuned.ids).all()
     assert (made.batch(4000, 2).ids != tuned.ids).any()
 

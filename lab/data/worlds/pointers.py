@@ -11,6 +11,8 @@ model can look up once; a second pass over the same token adds the missing look-
   corpus both arrows ask for one look-up. There a share `kinds` of the questions are capitals: `A` asks for the arrow of a's
   pair (`→` or `⇒` as a token of its own), so that the base model has a reason to keep the arrow in its state; fine-tuning
   asks no capitals. A hard answer is never more than two look-ups away (the arrow of the second pair is not followed).
+  Measured on the base model of 9.1 (600 steps, one seed): a linear probe of its last state tells the arrow of a node question
+  with accuracy 0.62 at the true rate (guessing: 0.58) for `kinds` 0, 0.89 for 0.2; at 0.5 the look-up itself is not learnt in time.
 
 In both tasks f has no cycle shorter than `nodes`, so a hard answer is neither the question nor its easy answer.
 """
@@ -43,7 +45,7 @@ class Pointers:
     nodes: int = 8
     questions: int = 4
     hard: float = 0.3
-    kinds: float = 0.5
+    kinds: float = 0.2
 
     def __post_init__(self) -> None:
         if self.task not in ("spelled", "arrows"):
