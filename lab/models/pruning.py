@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Batch = Mapping[str, Tensor]
-ROWS, WORDS = 1024, 4096  # a block of logits: large enough for a full-speed product, small enough to stay near the processor
+CPU_BLOCK, DEVICE_BLOCK = (1024, 1024), (4096, 16384)  # tokens and words of a block of logits; on a CPU small enough for its cache
 
 
 @dataclass(frozen=True)
@@ -162,9 +162,9 @@ def _streams(decoder: Decoder, ids: Tensor, valid: Tensor, candidates: bool) -> 
 
 def _mean_cross_entropy(head: Tensor, h: Tensor, targets: Tensor) -> float:
     """Mean cross-entropy of h (n, D) @ head.T, a block of tokens and vocabulary at a time: no wide buffer is written and read again."""
-    total = 0.0
-    for rows, wanted in zip(h.split(ROWS), targets.split(ROWS), strict=True):
-        blocks = torch.stack([F.linear(rows, words).float().logsumexp(1) for words in head.split(WORDS)])
+    (count, width), total = CPU_BLOCK if h.device.type == "cpu" else DEVICE_BLOCK, 0.0
+    for rows, wanted in zip(h.split(count), targets.split(count), strict=True):
+        blocks = torch.stack([F.linear(rows, words).float().logsumexp(1) for words in head.split(width)])
         own = torch.linalg.vecdot(rows.float(), head[wanted].float())
         total += (blocks.logsumexp(0) - own).sum(dtype=torch.float64).item()
     return total / len(targets)
