@@ -38,7 +38,7 @@ class TrainSettings(Settings):
     warmup_steps: int = Field(0, ge=0)
     warmup_ratio: float = Field(0.0, ge=0, le=1)
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
-    betas: list[float] = [0.9, 0.999]
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
     eps: float = 1e-8
     weight_decay: float = 0.0
     decay_all: bool = False  # also biases and normalisation layers
@@ -256,7 +256,7 @@ def _set_precision(model: nn.Module, s: TrainSettings, force: bool) -> None:
 
 def _finish(trainer: Any, folder: Path, resumed: int | None, seconds: float) -> TrainResult:
     s, steps, ring = trainer.s, trainer.state.global_step, trainer.ring
-    if s.save_every and steps not in ring.steps():
+    if s.save_every and not on_main(lambda: steps in ring.steps()):
         trainer.save(steps)
     if s.load_best and trainer.best["step"]:
         from lab.stability.guarded import WEIGHTS, load_learned

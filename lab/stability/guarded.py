@@ -122,7 +122,7 @@ class Guarded:
         step = self.state.global_step
         if rank() == 0 and self.detector.guard.enabled:
             self.ring.settle(step, validated)
-        if self.save_every and step % self.save_every == 0 and step not in self.ring.steps():
+        if self.save_every and step % self.save_every == 0:
             self.save(step)
 
     # ---- checkpoints ----

@@ -75,3 +75,23 @@ def wait(folder):
     """Notes its process id, then waits for ever."""
     (folder_path(folder) / str(rank())).write_text(str(os.getpid()))
     time.sleep(600)
+
+
+def ask(folder):
+    """120 sampled answers of a tiny model, four at a time, unhurried enough to be killed in between."""
+    from lab.backends import HF
+    from lab.data.examples import Example
+    from lab.evaluate import Decoding, evaluate
+    from lab.models.backbones import load_backbone
+    from lab.models.tokenizers import byte_tokenizer
+
+    class Slow(HF):
+        def _batch(self, asked, decoding):
+            time.sleep(0.02)
+            yield from super()._batch(asked, decoding)
+
+    tokenizer = byte_tokenizer(chat=True)
+    model = load_backbone("toy:qwen3-micro", vocab_size=len(tokenizer), initializer_range=0.3, seed=1)
+    examples = [Example(id=str(i), question=f"{i} + 1 = ?" * (1 + i % 4), answer=str(i + 1)) for i in range(60)]
+    decoding = Decoding(temperature=0.9, max_new_tokens=8, batch=4)
+    evaluate(Slow(model, tokenizer), examples, "number", folder, decoding, repeat=2)
