@@ -17,6 +17,7 @@ _DOLLARS = re.compile(r"[\s:*_]*(?:\$\$?(?P<a>(?:\\.|[^$\\])+)\$|\\\((?P<b>.+?)\
 _WORDS = r"\\(?:text|mbox|textbf|textit|textrm|textnormal|mathrm|operatorname)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 _ALL_WORDS = re.compile(rf"(?:{_WORDS}|[\s.,:;]|\\[ ,;:!])+")
 _SIMPLE = [
+    (re.compile(r"\\mathrm\s*\{([edi])\}"), r"\1"),
     (re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?"), ""),
     (re.compile(r"(?<!\\)\\(?:!\s*|,|;|:| |quad\b|qquad\b)|~|\{,\}(?=\d)"), lambda m: "," if m[0] == "{,}" else ""),
     (re.compile(r"\\[$%&#]|[$%€£]"), ""),
@@ -62,13 +63,17 @@ def equal(answer: str | None, gold: str) -> bool:
         return False
     if _is_words(answer) or _is_words(gold) or (_PLAIN_WORDS.fullmatch(answer) and _PLAIN_WORDS.fullmatch(gold)):
         words = _letters(gold)
-        return bool(words) and _letters(answer) == words
+        if _letters(answer) == words or _is_words(gold) or not re.search(r"\d", answer):
+            return bool(words) and _letters(answer) == words
+        answer = re.sub(_WORDS, r"\1", answer)
     return _same(_math(answer), _math(gold))
 
 
 def _bare(latex: str) -> str:
     """Without the marks of math mode around it and a final period."""
-    return re.sub(r"\\left(?![a-z])|\\right(?![a-z])", "", latex.strip().rstrip(".").strip("$ \n").removeprefix(r"\(").removesuffix(r"\)"))
+    return (
+        re.sub(r"(?<!\\)\$|\\left(?![a-z])|\\right(?![a-z])|\A\s*\\[(\[]|\\[)\]]\s*\Z", "", latex.strip().rstrip(".")).strip().rstrip(".")
+    )
 
 
 def _is_words(latex: str) -> bool:
