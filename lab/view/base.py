@@ -163,11 +163,11 @@ def _named(character: str) -> str:
 
 def _style() -> str:
     light, dark = palette.css_variables("light"), palette.css_variables("dark")
-    automatic = '.lab-view[data-theme="auto"]'
+    automatic, ground = '.lab-view[data-theme="auto"]', "--bg:var(--jp-layout-color0)"
     return (
         f".lab-view{{{light}}}@media (prefers-color-scheme:dark){{{automatic}{{{dark}}}}}"
-        f'[data-jp-theme-light="true"] {automatic}{{{light}}}'
-        f'[data-jp-theme-light="false"] {automatic},.vscode-dark {automatic},.lab-view[data-theme="dark"]{{{dark}}}' + _resource("view.css")
+        f'[data-jp-theme-light="true"] {automatic}{{{light}{ground}}}[data-jp-theme-light="false"] {automatic}{{{dark}{ground}}}'
+        f'.vscode-dark {automatic},.lab-view[data-theme="dark"]{{{dark}}}' + _resource("view.css")
     )
 
 

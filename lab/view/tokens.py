@@ -82,7 +82,9 @@ class Tokens(View):
         rest = "".join(drawn[self.fold :])
         folded = f"<details><summary>{count - self.fold} more tokens</summary>{rest}</details>" if rest else ""
         label = f'<span class="role">{name}<small>{count}</small></span>'
-        return f'<div class="span {role[1] or "text"}">{label}<div class="run" dir="{way}">{"".join(drawn[: self.fold])}{folded}</div></div>'
+        return (
+            f'<div class="span {role[1] or "text"}">{label}<div class="run" dir="{way}">{"".join(drawn[: self.fold])}{folded}</div></div>'
+        )
 
     # -- terminal --------------------------------------------------------------------------------------------------------
 

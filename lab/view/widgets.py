@@ -31,7 +31,7 @@ class Explorer(ipywidgets.VBox):
         self, controls: Mapping[str, ipywidgets.Widget], draw: Callable[..., View], twin: Callable[..., View] | None = None
     ) -> None:
         self.controls, self._draw, self._twin = dict(controls), draw, twin or draw
-        self.picture = ipywidgets.HTML(layout={"width": "100%"})
+        self.picture = ipywidgets.HTML(layout={"width": "auto", "margin": "4px 0 0"})
         row = ipywidgets.Box(list(self.controls.values()), layout={"flex_flow": "row wrap", "align_items": "center"})
         super().__init__([row, self.picture])
         for control in self.controls.values():
@@ -159,7 +159,7 @@ def _channel_picker(there: list[str], channel: str) -> ipywidgets.ToggleButtons:
     picker = ipywidgets.ToggleButtons(options=[(Channel(name).label, name) for name in there] or [("text", "")], description="colour by")
     if channel:
         picker.value = channel
-    picker.style.button_width = "auto"
+    picker.style.button_width, picker.style.description_width, picker.layout.width = "auto", "auto", "auto"
     return picker
 
 

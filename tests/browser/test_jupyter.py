@@ -1,0 +1,141 @@
+"""The explorer in a real JupyterLab, and the notebook's HTML afterwards. Run: pytest tests/browser/test_jupyter.py"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import nbformat
+import pytest
+
+from lab import notebooks
+
+CELL = """
+from lab import view
+from lab.trace import Trace
+
+tokens = [
+    {"question": 0, "pos": p, "text": f" w{p}", "role": "answer", "iterations": 1 + (p > 6), "decider_prob": p / 10} for p in range(10)
+]
+trace = Trace.build("tah", samples=[{"question": 0, "answer": "24"}], tokens=tokens, meta={"threshold": 0.6, "max_iter": 2})
+view.explore(trace)
+"""
+NOTE = ".note"
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL.strip(), metadata={"tags": ["parameters"]})])
+    book.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    path = tmp_path / "work" / "demo.ipynb"
+    path.parent.mkdir()
+    nbformat.write(book, path)
+    return path
+
+
+@pytest.fixture
+def jupyter(notebook, tmp_path):
+    """The address of a JupyterLab on a free loopback port, with settings of its own; ended afterwards."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    homes = {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
+    options = {"ip": "127.0.0.1", "port": port, "root_dir": notebook.parent, "open_browser": False, "allow_root": True}
+    options |= {"port_retries": 0, "disable_check_xsrf": False}
+    arguments = [f"--ServerApp.{name}={value}" for name, value in options.items()]
+    arguments += [
+        "--IdentityProvider.token=only-here",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    ]
+    arguments.append("--LabApp.expose_app_in_browser=True")
+    with open(tmp_path / "server.log", "w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *arguments], env=os.environ | homes, stdout=log, stderr=log)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/api?token=only-here", server, tmp_path / "server.log")
+        yield f"http://127.0.0.1:{port}/lab/tree/{notebook.name}?token=only-here"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def _wait_for(address, server, log, seconds=90):
+    for _ in range(seconds * 2):
+        assert server.poll() is None, log.read_text()
+        try:
+            urllib.request.urlopen(address, timeout=2)
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(f"JupyterLab did not answer in {seconds} s:\n{log.read_text()}")
+
+
+def run_all(page):
+    """Run All Cells by its menu; again if a kernel that was still starting swallowed it."""
+    page.locator(".jp-Notebook").wait_for(timeout=60_000)
+    prompt = page.locator(".jp-InputArea-prompt").first
+    for _ in range(6):
+        page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=60_000)
+        page.locator(".jp-CodeCell .cm-content").first.click()
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        page.wait_for_timeout(2_000)
+        if prompt.inner_text().strip() not in ("[ ]:", ""):
+            return
+    raise AssertionError(f"the cell did not run: {prompt.inner_text()!r}")
+
+
+def test_the_explorer_lives_in_jupyterlab(tab, jupyter):
+    one = tab(width=1200, offline=False)
+    one.page.goto(jupyter)
+    run_all(one.page)
+    note = one.page.locator(".jp-OutputArea .note")
+    note.wait_for(timeout=90_000)
+    assert note.inner_text() == "At threshold 0.60: 1.300 passes a token (recorded: 1.300)."
+    one.shot("jupyter-light")
+
+    handle = one.page.locator(".noUi-handle").first
+    handle.focus()
+    for _ in range(30):
+        handle.press("ArrowLeft")
+    one.page.get_by_text("At threshold 0.30").wait_for(timeout=20_000)
+    assert "1.600 passes a token" in note.inner_text()
+    number = one.page.locator(".jp-OutputArea .t s").nth(5)
+    assert number.evaluate("element => getComputedStyle(element, '::before').content") == '"2"'
+
+    one.page.get_by_role("button", name="continue probability").click()
+    one.page.wait_for_function("document.querySelector('.jp-OutputArea .t s').dataset.c0 === '0.00'", timeout=20_000)
+    assert number.evaluate("element => getComputedStyle(element, '::before').content") == '"0.50"'
+    one.page.locator(".jp-OutputArea .t").nth(2).focus()
+    one.page.keyboard.press("Tab")
+    assert one.page.evaluate("document.activeElement.getAttribute('aria-label')").startswith('" w3"')
+
+    one.page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+    one.page.locator("body[data-jp-theme-light=false]").wait_for(state="attached", timeout=30_000)
+    one.page.locator("#jupyterlab-splash").wait_for(state="detached", timeout=30_000)
+    ground = one.page.locator(".jp-OutputArea .lab-view").evaluate("element => getComputedStyle(element).backgroundColor")
+    one.shot("jupyter-dark")
+    assert ground == "rgb(17, 17, 17)"
+
+
+def test_the_executed_notebook_shows_the_same_picture_offline(tab, notebook, tmp_path):
+    done = notebooks.execute(notebook, tmp_path / "done.ipynb", {})
+    (output,) = [
+        output
+        for cell in json.loads(done.read_text())["cells"]
+        for output in cell.get("outputs", [])
+        if "text/html" in output.get("data", {})
+    ]
+    assert "w9‹2›" in "".join(output["data"]["text/plain"])
+    one = tab(theme="light", width=1000)
+    one.page.goto(done.with_suffix(".html").as_uri())
+    assert one.page.locator(NOTE).inner_text() == "At threshold 0.60: 1.300 passes a token (recorded: 1.300)."
+    one.page.locator(".switch label").nth(1).click()
+    shown = "element => getComputedStyle(element, '::before').content"
+    assert one.page.locator(".t s").nth(5).evaluate(shown) == '"0.50"'
+    one.page.locator(".t").first.focus()
+    one.page.keyboard.press("End")
+    assert one.page.evaluate("document.activeElement.getAttribute('aria-label')").startswith('" w9"')
+    one.shot("executed-notebook")
