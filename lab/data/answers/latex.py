@@ -39,6 +39,7 @@ _UNITS = re.compile(rf"\s*{_WORDS}\s*(?:\^\s*(?:\{{[^{{}}]*\}}|\d))?")
 _FUNCTIONS = r"(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|mod|gcd|lcm|min|max|arc|inf)"
 _UNIT = rf"(?!{_FUNCTIONS})[A-Za-z]"
 _PLAIN_UNITS = re.compile(rf"(?<=[\d}}])\s*(?:(?:square|cubic|per)\s+)?{_UNIT}[A-Za-z]+\.?(?:[\s/]+{_UNIT}+)*(?:\^\{{?\d\}}?)?\.?$")
+_FRAME = re.compile(r"(?<!\\)\$|\\left(?![a-z])|\\right(?![a-z])|\A\s*\\[(\[]|\\[)\]]\s*\Z")
 _PLAIN_WORDS = re.compile(r"[A-Za-z][A-Za-z'’-]+(?:\s+[A-Za-z'’-]+)*\.?")
 _EXPENSIVE = re.compile(r"\d{5,}\s*!|\^\s*\{?\s*\d{4,}|\^\s*(?:\{[^{}]*|\w\s*)\^")
 _NAME = re.compile(r"^[A-Za-z](?:_\{?\w+\}?)?\s*(?:=|\\in(?![a-z]))\s*")
@@ -62,18 +63,15 @@ def equal(answer: str | None, gold: str) -> bool:
     if answer is None:
         return False
     if _is_words(answer) or _is_words(gold) or (_PLAIN_WORDS.fullmatch(answer) and _PLAIN_WORDS.fullmatch(gold)):
-        words = _letters(gold)
-        if _letters(answer) == words or _is_words(gold) or not re.search(r"\d", answer):
-            return bool(words) and _letters(answer) == words
-        answer = re.sub(_WORDS, r"\1", answer)
+        if _letters(answer) == _letters(gold) or not (re.search(r"\d", answer) and re.search(r"\d", gold)):
+            return bool(_letters(gold)) and _letters(answer) == _letters(gold)
+        answer, gold = (re.sub(_WORDS, r"\1", side) for side in (answer, gold))
     return _same(_math(answer), _math(gold))
 
 
 def _bare(latex: str) -> str:
     """Without the marks of math mode around it and a final period."""
-    return (
-        re.sub(r"(?<!\\)\$|\\left(?![a-z])|\\right(?![a-z])|\A\s*\\[(\[]|\\[)\]]\s*\Z", "", latex.strip().rstrip(".")).strip().rstrip(".")
-    )
+    return _FRAME.sub("", latex.strip().rstrip(".")).strip().rstrip(".")
 
 
 def _is_words(latex: str) -> bool:
