@@ -1,5 +1,6 @@
 """What defines an adaptive model (its tokens, filter and head), and how it is distilled (distill.md 2B)."""
 
+import zlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -91,7 +92,8 @@ def to_official(s: AdaptiveSettings) -> dict[str, Any]:
 class Distil(Settings):
     """What SFT learns from: which data, how many thoughts, which losses (2B.3, 2B.4).
 
-    The number of thoughts is `factor` · steps + `bias`, then at least `least`, then at most `most`. `weight_codi` compares
+    The number of thoughts is `factor` · steps + `bias`, then at least `least`, then at most `most`; `jitter` adds 0 to that many
+    at random (not in the paper: it gives the stop head something to choose from in toy worlds). `weight_codi` compares
     teacher and student at the target token, `weight_mean` the mean of the written reasoning with the mean of the thoughts.
     `blocks` keeps the transformer blocks a..b (0-based, inclusive). `compat` follows the official code where it differs from
     its own description: rows without written reasoning count as zeros in the mean loss.
@@ -105,6 +107,7 @@ class Distil(Settings):
     bias: int = 0
     least: int = 0
     most: int | None = None
+    jitter: int = Field(0, ge=0)
     mask_thought_labels: bool = False
     shift_target: bool = False
     longest: int = 512
@@ -126,9 +129,10 @@ class Distil(Settings):
             raise ValueError(f"blocks = {self.blocks}: first and last block, counted from 0")
         return self
 
-    def thoughts(self, steps: int) -> int:
-        """Thoughts for a problem of `steps` written steps (before any is removed)."""
-        count = max(self.factor * steps + self.bias, self.least)
+    def thoughts(self, steps: int, key: str = "") -> int:
+        """Thoughts for a problem of `steps` written steps (before any is removed); `key` decides the jitter."""
+        extra = zlib.crc32(key.encode()) % (self.jitter + 1) if self.jitter else 0
+        count = max(self.factor * steps + self.bias + extra, self.least)
         return count if self.most is None else min(count, self.most)
 
     def layers(self, blocks: int) -> tuple[int, ...]:

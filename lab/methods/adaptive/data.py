@@ -108,7 +108,7 @@ class Writer:
         """What follows the question: START, n thoughts, END (read in STOP's place), answer. CONTINUE and STOP are the head's labels."""
         answer, target, _ = self.answer(example.answer)
         start = IGNORE if self.distil.mask_thought_labels else self.s.start
-        count = self.distil.thoughts(len(example.steps))
+        count = self.distil.thoughts(len(example.steps), example.id)
         return Row((self.s.start,), (self.s.end, *answer), (start, IGNORE, *answer), thoughts=count, target=1 + target)
 
 

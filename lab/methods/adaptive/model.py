@@ -154,7 +154,7 @@ class AdaptiveModel(LatentModel):
         New rows are drawn around the mean of the old ones, as transformers does; rows beyond the tokenizer are never said.
         """
         require(tokenizer, eos=True)
-        tokenizer.add_special_tokens({"additional_special_tokens": list(TOKENS)}, replace_additional_special_tokens=False)
+        tokenizer.add_tokens(list(TOKENS), special_tokens=True)
         table = backbone.get_input_embeddings().weight
         if len(tokenizer) > table.shape[0]:
             backbone.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=multiple)
