@@ -67,19 +67,26 @@ def sweep(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time.")] = 1,
     devices: Annotated[str, typer.Option(help="CUDA devices, one slot each, as in 0,1,2,3.")] = "",
     folder: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The sweep's folder.")] = None,
+    retries: Annotated[int, typer.Option(min=0, help="How often a run that failed is taken up again.")] = 0,
+    timeout: Annotated[float | None, typer.Option(metavar="MINUTES", help="Stop a run that takes longer.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe over seeds and parameters, one process a run; the same command again takes up what is left."""
     from lab import sweep as sweeps
 
-    result = sweeps.run_sweep(paper, recipe, _overrides(values), jobs, [d for d in devices.split(",") if d], folder)
+    slots = [device for device in devices.split(",") if device]
+    seconds = 60 * timeout if timeout is not None else None
+    result = sweeps.run_sweep(paper, recipe, _overrides(values), jobs, slots, folder, retries, seconds)
     _show(result.as_json(), result.text(), as_json)
     if result.failed:
         raise typer.Exit(1)
 
 
 @app.command()
-def demo(jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Runs at a time; 0: as many as cores, at most 4.")] = 0) -> None:
+def demo(
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Runs at a time; 0: as many as cores, at most 4.")] = 0,
+    as_json: AsJson = False,
+) -> None:
     """Run the toy recipe of every paper in papers/demo.yaml, then write one report."""
     import os
 
@@ -89,7 +96,7 @@ def demo(jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Runs at 
     result = sweeps.run_demo(jobs or min(4, os.cpu_count() or 1))
     done = [folder for name, folder in result.runs.items() if name not in result.failed]
     page = report.write(done, provenance.outputs() / "demo.html")
-    typer.echo(f"{result.text()}\n\nreport: {page}")
+    _show({**result.as_json(), "report": str(page)}, f"{result.text()}\n\nreport: {page}", as_json)
     if result.failed:
         raise typer.Exit(1)
 

@@ -32,11 +32,18 @@ class Task:
 
 
 def run_tasks(
-    title: str, tasks: list[Task], jobs: int = 1, devices: list[str] | None = None, show: Display | None = None
+    title: str,
+    tasks: list[Task],
+    jobs: int = 1,
+    devices: list[str] | None = None,
+    retries: int = 0,
+    timeout_s: float | None = None,
+    show: Display | None = None,
 ) -> dict[str, str]:
     """Runs `tasks`, `jobs` at a time, or one per CUDA device of `devices`; returns {name: what went wrong} of those that failed.
 
-    Every task must have been planned before (see papers.plan): here a bad one fails alone. DeviceError if a device is not there.
+    A run that fails, or takes longer than `timeout_s` (and is stopped), is taken up again up to `retries` times. Every task must have
+    been planned before (see papers.plan): here a bad one fails alone. DeviceError if a device is not there.
     """
     check_devices(devices or [])
     slots = devices or [""] * jobs
@@ -50,7 +57,7 @@ def run_tasks(
         device = free.get()
         try:
             with board.running(task):
-                board.failed |= _run(task, device, threads)
+                board.failed |= _run(task, device, threads, retries, timeout_s)
         finally:
             free.put(device)
 
@@ -70,16 +77,27 @@ def check_devices(devices: list[str]) -> None:
         raise DeviceError(f"CUDA device {missing[0]} was asked for; this machine has {', '.join(there) or 'none'}.")
 
 
-def _run(task: Task, device: str, threads: str) -> dict[str, str]:
+def _run(task: Task, device: str, threads: str, retries: int, timeout_s: float | None) -> dict[str, str]:
+    """{} once an attempt ends well, else {name: the last attempt's message}."""
     lab = [sys.executable, "-m", "lab.cli", "--quiet", "run", task.paper, "--recipe", task.recipe]
     chosen = [part for name, value in task.overrides.items() for part in ("-p", f"{name}={value}")]
     environment = {"OMP_NUM_THREADS": threads, **os.environ, **({"CUDA_VISIBLE_DEVICES": device} if device else {})}
-    command = [*lab, "--run", str(task.folder), "--resume", "--json", *chosen]
-    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    message = ""
+    for _ in range(retries + 1):
+        message = _attempt([*lab, "--run", str(task.folder), "--resume", "--json", *chosen], environment, timeout_s)
+        if not message:
+            return {}
+    return {task.name: message}
+
+
+def _attempt(command: list[str], environment: dict[str, str], timeout_s: float | None) -> str:
+    try:
+        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {timeout_s:g} s"
     if done.returncode == 0:
-        return {}
-    message = done.stderr.strip() or f"exit status {done.returncode}"
-    return {task.name: message.removeprefix("lab: ").splitlines()[0]}
+        return ""
+    return (done.stderr.strip() or f"exit status {done.returncode}").removeprefix("lab: ").splitlines()[0]
 
 
 class Board:

@@ -192,7 +192,8 @@ def _step(record: StepRecord, paper: str) -> str:
 def _own_headline(record: StepRecord) -> str:
     rows = rows_of([({}, {record.name: record.results})])
     arms = [{name: value for name, value in row.items() if name != "step"} for row in rows if row["arm"]]
-    return table_html(arms) + "".join(_key_numbers({**row, "step": ""}) for row in rows if not row["arm"])
+    single = "".join(_key_numbers({**row, "step": ""}) for row in rows if not row["arm"])
+    return f"<div>{table_html(arms)}{single}</div>" if arms or single else ""
 
 
 def _figure(path: Path) -> str:

@@ -46,12 +46,14 @@ def run_sweep(
     jobs: int = 1,
     devices: list[str] | None = None,
     folder: Path | None = None,
+    retries: int = 0,
+    timeout_s: float | None = None,
     show: Display | None = None,
 ) -> SweepResult:
     """Runs every point of the grid and keeps going when one fails; finished points are skipped, broken ones taken up.
 
     values: {parameter: texts separated by commas}, over the grid of the paper's sweeps.yaml, else five seeds. devices: CUDA indices,
-    one slot each (then jobs is their number). Everything is checked before the first run starts: SettingsError, DeviceError.
+    one slot each (then jobs is their number). retries, timeout_s: see `run_tasks`. Everything is checked before the first run starts: SettingsError, DeviceError.
     """
     grid = _grid(paper, recipe, values or {})
     points = [dict(zip(grid, combination, strict=True)) for combination in itertools.product(*grid.values())]
@@ -60,7 +62,7 @@ def run_sweep(
     check_devices(devices or [])
     folder = make_folder((folder or provenance.outputs() / paper / f"sweep-{recipe}").resolve())
     tasks = [Task(point_name(point), paper, recipe, point, folder / point_name(point)) for point in points]
-    failed = run_tasks(f"{paper} {recipe}", tasks, jobs, devices, show)
+    failed = run_tasks(f"{paper} {recipe}", tasks, jobs, devices, retries, timeout_s, show)
     rows = rows_of((task.overrides, results_of(task.folder)) for task in tasks if task.name not in failed)
     result = SweepResult(folder, {task.name: task.folder for task in tasks}, failed, rows)
     write_json(folder / "sweep.json", result.as_json())
@@ -68,7 +70,7 @@ def run_sweep(
 
 
 def run_demo(jobs: int, show: Display | None = None) -> SweepResult:
-    """Runs the recipes of `papers/demo.yaml` ({paper: {recipe, seconds}}), each in `outputs/<paper>/demo`; unchanged ones are skipped."""
+    """Runs the recipes of `papers/demo.yaml` ({paper: {recipe, seconds}}), each in `outputs/<paper>/demo-<recipe>`; what is unchanged is skipped."""
     path = provenance.home() / "papers" / "demo.yaml"
     wanted = papers.read_yaml(path)
     if not wanted:
@@ -76,7 +78,9 @@ def run_demo(jobs: int, show: Display | None = None) -> SweepResult:
     for paper, about in wanted.items():
         papers.plan(paper, about["recipe"])
     here = provenance.outputs()
-    tasks = [Task(paper, paper, about["recipe"], {}, here / paper / "demo", about.get("seconds")) for paper, about in wanted.items()]
+    tasks = [
+        Task(key, key, about["recipe"], {}, here / key / f"demo-{about['recipe']}", about.get("seconds")) for key, about in wanted.items()
+    ]
     failed = run_tasks("demo", tasks, jobs, show=show)
     rows = rows_of(({"paper": task.paper}, results_of(task.folder)) for task in tasks if task.name not in failed)
     return SweepResult(here, {task.name: task.folder for task in tasks}, failed, rows)
