@@ -11,7 +11,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -104,12 +104,15 @@ class Trace:
                 several = (
                     wanted if isinstance(wanted, Sequence | set | np.ndarray | pd.Series) and not isinstance(wanted, str) else [wanted]
                 )
-                values = {str(value) for value in several}
-                tables = {
-                    name: table[np.array([str(value) in values for value in table[column].tolist()], bool)]
-                    for name, table in tables.items()
-                }
-        return replace(self, **tables)
+                tables = {name: table[_among(table[column], {str(value) for value in several})] for name, table in tables.items()}
+        return self._with(**{name: table.reset_index(drop=True) for name, table in tables.items()})
+
+    def _with(self, **tables: pd.DataFrame) -> Self:
+        """A trace with fewer rows; what was checked as a whole need not be checked again."""
+        part = object.__new__(type(self))
+        for name, value in {"method": self.method, "meta": dict(self.meta), **tables}.items():
+            object.__setattr__(part, name, value)
+        return part
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """The path written: one compressed npz (zip of plain arrays), complete or not there at all."""
@@ -202,6 +205,13 @@ def _check_samples(trace: Trace) -> None:
         lost = sorted(_sample_keys(getattr(trace, name)) - known, key=str)
         if lost:
             raise DataError(f"{name}: question {lost[0][0]} sample {lost[0][1]} has no row in samples. Use Trace.build, which adds it.")
+
+
+def _among(values: pd.Series, names: set[str]) -> np.ndarray:
+    """Which rows' question or sample is among `names`, written as texts."""
+    if values.dtype.kind == "i":
+        return values.isin([int(name) for name in names if name.lstrip("-").isdecimal()]).to_numpy()
+    return np.array([value in names for value in values.tolist()], bool)
 
 
 def _sample_keys(table: pd.DataFrame) -> set[tuple[str, int]]:

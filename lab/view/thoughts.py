@@ -65,9 +65,10 @@ class Thoughts(View):
     def body(self) -> str:
         if self.rows.empty:
             return "<p>No thoughts were recorded.</p>"
-        samples = self.trace.samples.head(self.limit).to_dict("records")
-        blocks = "".join(self._block(sample) for sample in samples)
-        hidden = len(self.trace.samples) - self.limit
+        thinking = set(zip(self.rows["question"], self.rows["sample"], strict=True))
+        samples = [row for row in self.trace.samples.to_dict("records") if (row["question"], row["sample"]) in thinking]
+        blocks = "".join(self._block(sample) for sample in samples[: self.limit])
+        hidden = len(samples) - self.limit
         more = f'<p class="soft">{hidden} more samples: pick one with question= and sample=, or raise limit=.</p>' if hidden > 0 else ""
         return blocks + more + self._summary()
 

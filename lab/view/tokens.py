@@ -7,6 +7,7 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lab.trace import Trace
@@ -43,11 +44,18 @@ class Tokens(View):
         """(channel shown first, channels one can switch to)."""
         return channels(self.trace, self.channel, self.channels, self.clip)
 
+    @cached_property
+    def shown(self) -> Trace:
+        """The part of the trace that is drawn: its first `limit` samples."""
+        first = self.trace.samples.head(self.limit)
+        part = self.trace.select(list(first["question"]), list(first["sample"]))
+        return part if len(part.samples) == len(first) else _exactly(part, first)
+
     def samples(self) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
         """(sample row, its token rows) for the samples shown, in the order of the trace."""
-        for sample in self.trace.samples.head(self.limit).to_dict("records"):
-            part = self.trace.tokens[(self.trace.tokens[SAMPLE] == [sample[name] for name in SAMPLE]).all(axis=1)]
-            yield sample, part.sort_values("pos").to_dict("records")
+        parts = {name: part.to_dict("records") for name, part in self.shown.tokens.sort_values("pos").groupby(SAMPLE, sort=False)}
+        for sample in self.shown.samples.to_dict("records"):
+            yield sample, parts.get((sample["question"], sample["sample"]), [])
 
     def table(self) -> pd.DataFrame:
         shown = [row for _, rows in self.samples() for row in rows]
@@ -60,7 +68,7 @@ class Tokens(View):
         if self.trace.tokens.empty:
             return "<p>No tokens were recorded.</p>"
         first, scales = self.scales
-        notes = _notes(self.trace)
+        notes = _notes(self.shown)
         blocks = "".join(self._block(sample, rows, scales, notes) for sample, rows in self.samples())
         hidden = len(self.trace.samples) - self.limit
         more = f'<p class="soft">{hidden} more samples: pick one with question= and sample=, or raise limit=.</p>' if hidden > 0 else ""
@@ -209,6 +217,17 @@ def _label(row: dict[str, Any], scales: list[Channel], notes: dict[Any, str]) ->
     return escape("\n".join(filter(None, [f"{sign} · " + " · ".join(facts), values, note])))
 
 
+def _exactly(trace: Trace, samples: pd.DataFrame) -> Trace:
+    """The rows of `trace` that belong to the given (question, sample) pairs."""
+    wanted = set(zip(samples["question"], samples["sample"], strict=True))
+    tables = {name: getattr(trace, name) for name in ("samples", "tokens", "thoughts", "passes")}
+    kept = {
+        name: table[np.array([key in wanted for key in zip(table["question"], table["sample"], strict=True)], bool)]
+        for name, table in tables.items()
+    }
+    return Trace.build(trace.method, **kept, meta=trace.meta)
+
+
 def _notes(trace: Trace) -> dict[Any, str]:
     """Per token, what its passes or its thought decode to."""
     notes: dict[Any, list[str]] = {}
@@ -240,7 +259,7 @@ def _rule(place: int) -> str:
 
 def _legend(place: int, scale: Channel, values: pd.Series) -> str:
     undefined = int(values.isna().sum())
-    clipped = sum(bool(scale.clipped(value)) for value in values)
+    clipped = 0 if scale.discrete else int(((values > scale.high) | (values < scale.low)).sum())
     edges = f'<span><i class="chip hatched"></i>undefined · {undefined}</span>' if undefined else ""
     edges += f"<span>▲▼ beyond the scale · {clipped}</span>" if clipped else ""
     inside = _swatches(scale, values) if scale.discrete else _ramp(scale, values)

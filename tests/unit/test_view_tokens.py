@@ -159,6 +159,9 @@ def test_long_spans_fold_and_many_samples_are_counted():
     many = Trace.build("tah", tokens=[{"question": q, "pos": 0, "text": "x", "prob": 0.5} for q in range(5)])
     assert "2 more samples" in view.tokens(many).html() and view.tokens(many)._repr_html_().count("<article") == 3
     assert len(view.tokens(many, question=[0, 3]).table()) == 2
+    crossed = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
+    trace = Trace.build("tah", tokens=[{"question": q, "sample": s, "pos": 0, "text": "x", "prob": 0.5} for q, s in crossed])
+    assert view.tokens(trace, limit=3).table()[["question", "sample"]].values.tolist() == [[0, 0], [0, 1], [1, 0]]
 
 
 def test_an_empty_trace_says_so():
