@@ -100,6 +100,7 @@ class LatentModel(nn.Module):
 
         Args:
             with_backbone: False writes the backbone's name instead of its weights (for a frozen one that has a name).
+            overwrite: replace the folder, with everything in it.
 
         Raises:
             RunError: the folder holds something already (and not `overwrite`), or cannot be written.
