@@ -13,7 +13,7 @@ from lab.latent.plan import IGNORE, Row, collate
 from lab.latent.policy import Policy
 from lab.latent.prefix import inject, read_with_thoughts
 from lab.methods.lta.generators import AssistantGenerator, BlockGenerator
-from lab.methods.lta.objective import alignment, answer_vector, focus
+from lab.methods.lta.losses import alignment, answer_vector, focus
 from lab.models.decoder import decoder_for
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -1,36 +1,109 @@
-"""LTA-Thinker's two losses on projected vectors, beside the ordinary cross-entropy (`lta.md` 2.9).
-
-Axes: R rows, n thoughts, S steps, D width.
+"""The training loss of thoughts in a prompt: cross-entropy of the base, alignment and focus of LTA, and InfoNCE of SoftCoT++
+(`lta.md` 2.9, `softcot.md` 3). Axes: R rows, n thoughts, K sets, S steps, D width.
 """
+
+import logging
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lab.latent.distill import plan_cross_entropy
+from lab.latent.plan import Plan, Side
+from lab.latent.prefix import read_with_thoughts
+from lab.methods.lta.data import ThoughtBatch
+from lab.methods.lta.losses import alignment, answer_vector, focus
+from lab.methods.lta.model import ThoughtModel
 
-def alignment(anchor: Tensor, thoughts: Tensor) -> Tensor:
-    """Mean KL(softmax(anchor) ‖ softmax(thought)) over the features: anchor (R, D), thoughts (R, n, D). Nothing is detached."""
-    p, q = F.log_softmax(anchor, -1)[:, None], F.log_softmax(thoughts, -1)
-    return (p.exp() * (p - q)).sum(-1).mean()
+log = logging.getLogger(__name__)
 
 
-def focus(anchor: Tensor, steps: Tensor, valid: Tensor, answer: Tensor, temperature: float = 0.1) -> Tensor:
-    """Cross-entropy that draws the anchor (R, D) to the step (R, S, D) most like the answer (R, D), mean over rows.
+def loss(model: ThoughtModel, batch: ThoughtBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum and its parts: `sft`, with a block also `con` and `kl`, with several sets also `nce`."""
+    s, thoughts = model.config, model.make(batch)
+    sets = 1 if thoughts is None else len(thoughts) // len(batch)
+    plan = batch.plan if sets == 1 else repeated(batch.plan, sets)
+    sft = plan_cross_entropy(model.decoder, plan, read_with_thoughts(model.decoder, plan, thoughts)) * sets
+    if s.generator != "block" or not model.training or not (s.kl_loss_weight or s.contrastive_loss_weight):
+        parts = {"sft": sft} | ({"nce": info_nce(thoughts.view(len(batch), sets, -1))} if sets > 1 and s.nce and model.training else {})
+        return sum(parts.values()), parts
+    anchor, steps = _anchor_and_steps(model, batch)
+    answer = answer_vector(model.decoder.embed(batch.answer), batch.answer_valid)
+    parts = {
+        "sft": s.sft_loss_weight * sft,
+        "con": s.contrastive_loss_weight * focus(anchor, steps, batch.has_step, answer),
+        "kl": s.kl_loss_weight * alignment(anchor, thoughts),
+    }
+    return sum(parts.values()), parts
+
+
+loss.feeds_back = False
+
+
+def counts(batch: ThoughtBatch) -> dict[str, int]:
+    """What each part is a mean over."""
+    return {"sft": batch.labelled, "con": len(batch), "kl": len(batch), "nce": len(batch)}
+
+
+def _anchor_and_steps(model: ThoughtModel, batch: ThoughtBatch) -> tuple[Tensor, Tensor]:
+    """The vector of the question (R, D) and of each step (R, S, D): at turn ends as published, or the mean over the step's tokens."""
+    if model.config.focus_positions == "turn_end":
+        ends = torch.cat((batch.question[:, None], batch.step_spans[..., 1]), 1)
+        made = model.look(batch, ends)
+        warn_if_dead(made[:, 1:], batch.has_step)
+        return made[:, 0], made[:, 1:]
+    columns = torch.arange(batch.assistant.shape[1], device=batch.assistant.device)
+    made = model.look(batch, columns.expand_as(batch.assistant))
+    start, stop = batch.step_spans[..., :1], batch.step_spans[..., 1:]
+    inside = ((columns >= start) & (columns < stop)).to(made.dtype)
+    steps = inside @ made / inside.sum(-1, keepdim=True).clamp(min=1)
+    return made[torch.arange(len(made), device=made.device), batch.question], steps
+
+
+def warn_if_dead(steps: Tensor, valid: Tensor) -> None:
+    """Says so where the steps of a row are one and the same vector, so that the focus loss has no gradient (`lta.md` 7.1)."""
+    if valid.shape[1] < 2:
+        return
+    both = valid[:, 0] & valid[:, 1]
+    if bool(both.any()) and float(F.cosine_similarity(steps[both, 0], steps[both, 1], dim=-1).min()) > 0.9999:
+        log.warning("All steps have the same vector, so the focus loss has no gradient; use focus_positions = 'step_mean'.")
+
+
+def info_nce(sets: Tensor, keep: Tensor | None = None, scale: float = 20.0) -> Tensor:
+    """SoftCoT++'s contrast of K flattened sets (R, K, n·D) with their dropped-out selves, mean over the sets / K, mean over rows.
 
     Args:
-        valid: (R, S) bool. A row without a step takes the value log S with no gradient (the published padding); a batch
-            without any step gives 0.
+        keep: (R, K, n·D) multipliers of 0 or 2; None = fresh dropout with p = 0.5.
     """
-    if not bool(valid.any()):
-        return anchor.sum() * 0.0
-    with torch.no_grad():
-        like = F.cosine_similarity(steps, answer[:, None], dim=-1).masked_fill(~valid, -torch.inf)
-        target = torch.where(valid.any(1), like.argmax(1), 0)
-    scores = F.cosine_similarity(steps, anchor[:, None], dim=-1).masked_fill(~valid, -1e9) / temperature
-    return F.cross_entropy(scores, target)
+    other = F.dropout(sets, 0.5) if keep is None else sets * keep
+    scores = scale * F.cosine_similarity(sets[:, :, None], other[:, None], dim=-1)
+    rows, k = scores.shape[:2]
+    target = torch.arange(k, device=scores.device).expand(rows, k)
+    return F.cross_entropy(scores.reshape(-1, k), target.reshape(-1)) / k
 
 
-def answer_vector(embeds: Tensor, valid: Tensor) -> Tensor:
-    """Mean input embedding (R, D) of the answer's tokens (R, t, D)."""
-    weight = valid[..., None].to(embeds.dtype)
-    return (embeds * weight).sum(1) / weight.sum(1).clamp(min=1)
+def repeated(plan: Plan, times: int) -> Plan:
+    """Every row of a plan `times` times in a row, for sets of thoughts that share a question."""
+    from lab.latent.plan import Labels
+
+    def side(block: Side) -> Side:
+        return Side(block.ids.repeat_interleave(times, 0), None if block.valid is None else block.valid.repeat_interleave(times, 0))
+
+    def labels(part: Labels, width: int) -> Labels:
+        row, column = part.at // width, part.at % width
+        copies = torch.arange(times, device=row.device)
+        at = ((row[:, None] * times + copies) * width + column[:, None]).flatten()
+        return Labels(at, part.ids.repeat_interleave(times))
+
+    wide, long = plan.prompt.ids.shape[1], plan.after.ids.shape[1]
+    return Plan(
+        side(plan.prompt),
+        plan.counts.repeat_interleave(times),
+        side(plan.after),
+        labels(plan.before_labels, 1),
+        labels(plan.prompt_labels, wide),
+        labels(plan.lead_labels, 1),
+        labels(plan.after_labels, long),
+        plan.target.repeat_interleave(times),
+        plan.reasoning.repeat_interleave(times, 0),
+    )

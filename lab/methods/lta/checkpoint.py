@@ -1,0 +1,99 @@
+"""Files of thoughts in a prompt: the published `projection.bin` and `TransformerBlock.bin`, and our own folder (`lta.md` 5)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lab.errors import CheckpointError, SettingsError, unknown
+from lab.files import writing
+from lab.methods.lta.config import LtaSettings, family_of
+from lab.methods.lta.model import ThoughtModel
+from lab.models.backbones import load_backbone
+from lab.models.layouts import FolderFiles, Layout
+from lab.models.loading import State, load_exact, read_state
+from lab.models.tokenizers import load_tokenizer
+
+MODEL = ThoughtModel
+PROJECTION, BLOCK = "projection.bin", "TransformerBlock.bin"
+ANSWERS = ("backbone", "tokenizer", "assistant", "assistant_tokenizer", "num_thought_tokens", "task", "family", "eps", "gold_steps")
+
+
+class OfficialFiles:
+    """A folder with `projection.bin`, and for the block mode `TransformerBlock.bin`; configs are not in it."""
+
+    name = "LTA-Thinker or SoftCoT weights (projection.bin, TransformerBlock.bin)"
+    kind: type[ThoughtModel] = ThoughtModel
+
+    def recognise(self, files: FolderFiles) -> Layout | None:
+        """The folder, where a block lies beside a projection; a projection alone is SoftCoT's."""
+        return Layout("lta", self.name) if files.has(PROJECTION, BLOCK) else None
+
+    def load(self, folder: Path, layout: Layout, **answers: Any) -> ThoughtModel:
+        """The model; `backbone=` (a name, folder or model) is always needed, `assistant=` where a small model makes the thoughts.
+
+        Further: `num_thought_tokens=` (32), `task=`, `family=` (from the backbone's name), `eps=`, `tokenizer=`, `assistant_tokenizer=`.
+        """
+        for name in answers:
+            if name not in ANSWERS:
+                raise unknown("answer", name, ANSWERS)
+        folder = folder if folder.is_dir() else folder.parent
+        projection = read_state(folder / PROJECTION)
+        if "backbone" not in answers:
+            raise SettingsError(f"{folder.name} holds only what was trained; pass backbone='…', the large model it was trained for.")
+        base = answers["backbone"]
+        base, name = (load_backbone(base), base) if isinstance(base, str) else (base, base.config.model_type)
+        block = read_state(folder / BLOCK) if (folder / BLOCK).is_file() else None
+        s = _settings(projection, block, base, answers, name)
+        tokenizer = answers.get("tokenizer", name if isinstance(answers["backbone"], str) else None)
+        model = self.kind.build(base, load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer, s.model_dump(mode="json"))
+        assistant = answers.get("assistant")
+        model.use_assistant(load_backbone(assistant) if isinstance(assistant, str) else assistant, answers.get("assistant_tokenizer"))
+        load_exact(model.parts, official_names(projection, block), what=folder.name)
+        return model.eval()
+
+
+RECOGNISERS = [OfficialFiles()]
+
+
+def _settings(projection: State, block: State | None, base, answers: dict[str, Any], name: str) -> LtaSettings:
+    width, inner = projection["weight"].shape
+    if width != base.config.hidden_size:
+        raise CheckpointError(f"{PROJECTION} writes vectors of width {width}, the backbone reads {base.config.hidden_size}.")
+    if block is None and inner == width and "assistant" not in answers:
+        raise CheckpointError(f"{PROJECTION} alone, of shape {width} × {inner}: the block's weights ({BLOCK}) are missing.")
+    sets = projection["embedding"].shape[0] if "embedding" in projection else 1
+    known = {key: answers[key] for key in ("num_thought_tokens", "task", "eps", "gold_steps") if key in answers}
+    return LtaSettings.check(
+        generator="assistant" if block is None else "block",
+        family=answers.get("family") or family_of(name),
+        inner=0 if block is None else block["linear1.weight"].shape[0],
+        assistant_width=inner if block is None else 0,
+        num_scaling_times=sets,
+        eos_id=base.config.eos_token_id if isinstance(base.config.eos_token_id, int) else -1,
+        **known,
+    )
+
+
+def official_names(projection: State, block: State | None) -> State:
+    """The two published files as one state of `ThoughtParts`."""
+    state = {f"generator.projection.{key}": value for key, value in projection.items() if key != "embedding"}
+    state |= {f"generator.block.{key}": value for key, value in (block or {}).items()}
+    return state | ({"starts": projection["embedding"]} if "embedding" in projection else {})
+
+
+def export_official(model: ThoughtModel, folder: Path | str) -> Path:
+    """`folder` with the published files; SettingsError for a control, which has no such files."""
+    folder, state = Path(folder), {key: value.detach().cpu().clone() for key, value in model.parts.state_dict().items()}
+    if model.config.generator not in ("block", "assistant"):
+        raise SettingsError(f"A model with generator = {model.config.generator!r} has no published layout.")
+    projection = {key.removeprefix("generator.projection."): value for key, value in state.items() if ".projection." in key}
+    block = {key.removeprefix("generator.block."): value for key, value in state.items() if ".block." in key}
+    if "starts" in state:
+        projection["embedding"] = state["starts"]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(projection, folder / PROJECTION)
+        if block:
+            torch.save(block, folder / BLOCK)
+    return folder

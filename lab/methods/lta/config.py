@@ -1,0 +1,72 @@
+"""Settings of the methods that put an assistant's thoughts into a prompt: LTA-Thinker, SoftCoT, SoftCoT++ and their controls."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from lab.config import Settings
+from lab.errors import unknown
+
+TASKS = ("gsm8k", "strategyqa", "math", "aqua", "du")
+
+
+class Markers(Settings):
+    """What stands around thoughts in a family's prompts (`lta.md` 2.2): placeholder, begin, end, the token that ends a turn, and the
+    first of the distinct ids that stand for thoughts in the assistant's prompt.
+    """
+
+    placeholder: str
+    begin: str
+    end: str
+    turn_end: str
+    first_slot: int
+
+
+FAMILIES = {
+    "llama": Markers(
+        placeholder="<|end_of_text|>",
+        begin="<|reserved_special_token_0|>",
+        end="<|reserved_special_token_1|>",
+        turn_end="<|eot_id|>",
+        first_slot=128011,
+    ),
+    "qwen": Markers(placeholder="<|endoftext|>", begin="<|box_start|>", end="<|box_end|>", turn_end="<|im_end|>", first_slot=150001),
+    "qwen3": Markers(placeholder="<|endoftext|>", begin="<think>", end="</think>", turn_end="<|im_end|>", first_slot=150001),
+}
+
+
+def family_of(name: str) -> str:
+    """The family a model id or type belongs to; SettingsError for one whose markers are not known."""
+    lowered = name.lower().replace("-", "").replace("_", "")
+    for family, words in (("llama", ("llama",)), ("qwen3", ("qwen3",)), ("qwen", ("qwen2.5", "qwen2"))):
+        if any(word in lowered for word in words):
+            return family
+    raise unknown("prompt family for the model", name, FAMILIES)
+
+
+class LtaSettings(Settings):
+    """What a model must know about itself.
+
+    `generator` makes the thoughts: `block` (LTA's default: a trainable block on the base's embeddings), `assistant` (a frozen small
+    model and a projection, SoftCoT's way), or a control: `static` (a learned soft prompt), `unknown` (placeholder embeddings), `none`.
+    """
+
+    generator: Literal["block", "assistant", "static", "unknown", "none"] = "block"
+    num_thought_tokens: int = Field(32, ge=0)
+    train_thoughts: list[int] = []  # counts to draw from for each batch in training; [] = always num_thought_tokens
+    task: str = "gsm8k"
+    family: str = "qwen3"
+    gold_steps: Literal["masked", "visible", "off"] = "masked"  # whether thoughts may see the solution in training (official: visible)
+    focus_positions: Literal["step_mean", "turn_end"] = "step_mean"  # turn_end is official, and without a gradient in block mode
+    distinct_slots: bool = True  # a token id of its own for each thought (official: not for strategyqa)
+    sft_loss_weight: float = Field(0.33, ge=0)
+    contrastive_loss_weight: float = Field(0.33, ge=0)
+    kl_loss_weight: float = Field(0.33, ge=0)
+    inner: int = Field(0, ge=0)  # inner width of the block; 0 = the base's
+    eps: float = Field(1e-6, gt=0)
+    assistant_id: str = ""  # the small model, where one is used
+    assistant_width: int = Field(0, ge=0)
+    num_scaling_times: int = Field(1, ge=1)  # SoftCoT++: sets of thoughts a question
+    nce: bool = False  # SoftCoT++: draw the sets apart
+    pack: str = ""  # hash of the prompt wording it was trained with
+    eos_id: int = -1
