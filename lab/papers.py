@@ -223,6 +223,12 @@ def _taking_part(planned: list[Planned]) -> list[Planned]:
     return kept
 
 
+def result_of(paper: str, headlines: Mapping[str, Any]) -> dict[str, Any]:
+    """Of {step: headline}, the step that holds the paper's result (`result` in its pipeline.yaml); all where none is named or there yet."""
+    wanted = pipeline(paper).result if paper in papers() else ""
+    return {wanted: headlines[wanted]} if wanted in headlines else dict(headlines)
+
+
 def sweeps(paper: str) -> dict[str, dict[str, list[Any]]]:
     """{recipe: {parameter: values}}: the grids of `papers/<key>/sweeps.yaml` that `lab sweep` runs when no grid is given."""
     path = folder(paper) / "sweeps.yaml"

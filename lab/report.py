@@ -50,10 +50,9 @@ def _headlines(runs: list[Run]) -> list[Row]:
     several = len({run.manifest["paper"] for run in runs}) > 1
     points = []
     for run in runs:
-        manifest, results = run.manifest, results_of(run.folder)
+        manifest = run.manifest
         which = {"paper": manifest["paper"]} if several else {}
-        wanted = _result_step(manifest["paper"])
-        shown = {wanted: results[wanted]} if wanted in results else results
+        shown = papers.result_of(manifest["paper"], results_of(run.folder))
         points.append(({**which, **manifest.get("overrides", {})}, shown))
     return rows_of(points)
 

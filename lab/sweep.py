@@ -53,7 +53,8 @@ def run_sweep(
     """Runs every point of the grid and keeps going when one fails; finished points are skipped, broken ones taken up.
 
     values: {parameter: texts separated by commas}, over the grid of the paper's sweeps.yaml, else five seeds. devices: CUDA indices,
-    one slot each (then jobs is their number). retries, timeout_s: see `run_tasks`. Everything is checked before the first run starts: SettingsError, DeviceError.
+    one slot each (then jobs is their number). retries, timeout_s: see `run_tasks`. Everything is checked before the first run starts:
+    SettingsError, DeviceError.
     """
     grid = _grid(paper, recipe, values or {})
     points = [dict(zip(grid, combination, strict=True)) for combination in itertools.product(*grid.values())]
@@ -63,27 +64,36 @@ def run_sweep(
     folder = make_folder((folder or provenance.outputs() / paper / f"sweep-{recipe}").resolve())
     tasks = [Task(point_name(point), paper, recipe, point, folder / point_name(point)) for point in points]
     failed = run_tasks(f"{paper} {recipe}", tasks, jobs, devices, retries, timeout_s, show)
-    rows = rows_of((task.overrides, results_of(task.folder)) for task in tasks if task.name not in failed)
+    rows = rows_of((task.overrides, _result(task)) for task in tasks if task.name not in failed)
     result = SweepResult(folder, {task.name: task.folder for task in tasks}, failed, rows)
     write_json(folder / "sweep.json", result.as_json())
     return result
 
 
 def run_demo(jobs: int, show: Display | None = None) -> SweepResult:
-    """Runs the recipes of `papers/demo.yaml` ({paper: {recipe, seconds}}), each in `outputs/<paper>/demo-<recipe>`; what is unchanged is skipped."""
+    """Runs the recipes of `papers/demo.yaml` ({paper: {recipe, seconds}}), each in `outputs/<paper>/demo-<recipe>`.
+
+    What is unchanged since the last demo is skipped.
+    """
     path = provenance.home() / "papers" / "demo.yaml"
     wanted = papers.read_yaml(path)
     if not wanted:
         raise SettingsError(f"{path} lists no paper.")
     for paper, about in wanted.items():
         papers.plan(paper, about["recipe"])
-    here = provenance.outputs()
-    tasks = [
-        Task(key, key, about["recipe"], {}, here / key / f"demo-{about['recipe']}", about.get("seconds")) for key, about in wanted.items()
-    ]
+    tasks = [_demo_task(key, about) for key, about in wanted.items()]
     failed = run_tasks("demo", tasks, jobs, show=show)
-    rows = rows_of(({"paper": task.paper}, results_of(task.folder)) for task in tasks if task.name not in failed)
-    return SweepResult(here, {task.name: task.folder for task in tasks}, failed, rows)
+    rows = rows_of(({"paper": task.paper}, _result(task)) for task in tasks if task.name not in failed)
+    return SweepResult(provenance.outputs(), {task.name: task.folder for task in tasks}, failed, rows)
+
+
+def _demo_task(paper: str, about: dict[str, Any]) -> Task:
+    recipe = about["recipe"]
+    return Task(paper, paper, recipe, {}, provenance.outputs() / paper / f"demo-{recipe}", about.get("seconds"))
+
+
+def _result(task: Task) -> dict[str, Any]:
+    return papers.result_of(task.paper, results_of(task.folder))
 
 
 def point_name(point: dict[str, str]) -> str:

@@ -1,10 +1,11 @@
 """Sweeps: a process a run, one failing run among others, resumed by content, a table with intervals."""
 
+import contextlib
 import json
 
 import pytest
 
-from lab import sweep
+from lab import pool, sweep
 from lab.errors import DeviceError, SettingsError
 from lab.records import StepRecord
 
@@ -14,20 +15,35 @@ def fresh(monkeypatch):
     monkeypatch.setenv("LAB_WARM", "0")
 
 
-def test_a_grid_runs_side_by_side_a_failure_stands_alone_and_a_second_sweep_only_repairs(bench, outputs):
-    first = sweep.run_sweep("mini", "toy-claims", {"seed": "0,1", "fail": "false,true"}, jobs=2)
-    assert sorted(first.failed) == ["fail=true,seed=0", "fail=true,seed=1"]
-    assert all("asked to fail" in message for message in first.failed.values())
-    rows = {row["step"]: row for row in first.rows if not row["arm"]}
-    draws = [StepRecord(first.runs[f"fail=false,seed={seed}"] / "draw").results["total"] for seed in (0, 1)]
-    assert rows["draw"]["total"]["mean"] == pytest.approx(sum(draws) / 2) and rows["draw"]["total"]["n"] == 2
+def test_runs_go_side_by_side_a_failure_stands_alone_and_a_second_sweep_only_repairs(bench, outputs):
+    first = sweep.run_sweep("mini", "toy-claims", {"seed": "0", "fail": "false,true"}, jobs=2)
+    assert list(first.failed) == ["fail=true,seed=0"] and "asked to fail" in first.failed["fail=true,seed=0"]
+    (row,) = [row for row in first.rows if row["step"] == "draw"]
+    assert row["fail"] == "false" and row["total"]["mean"] == StepRecord(first.runs["fail=false,seed=0"] / "draw").results["total"]
     assert json.loads((first.folder / "sweep.json").read_text())["failed"] == first.failed
-    tokens = {name: StepRecord(path / "double").info["token"] for name, path in first.runs.items() if name not in first.failed}
-    notebook = bench / "notebooks" / "mini" / "1_draw.ipynb"
-    notebook.write_text(notebook.read_text().replace("asked to fail", "asked again"))
-    second = sweep.run_sweep("mini", "toy-claims", {"seed": "0", "fail": "true"}, retries=1)
-    assert "asked again" in second.failed["fail=true,seed=0"]
-    assert {name: StepRecord(path / "double").info["token"] for name, path in first.runs.items() if name in tokens} == tokens
+    token = StepRecord(first.runs["fail=false,seed=0"] / "double").info["token"]
+    second = sweep.run_sweep("mini", "toy-claims", {"seed": "0", "fail": "false"})
+    assert not second.failed and StepRecord(second.runs["fail=false,seed=0"] / "double").info["token"] == token
+
+
+def test_a_failed_run_is_taken_up_again_as_often_as_asked(monkeypatch, tmp_path):
+    outcomes = iter(["cell 3 failed", "cell 3 failed", ""])
+    monkeypatch.setattr(pool, "_attempt", lambda *_: next(outcomes))
+    monkeypatch.setattr(pool.kernels, "server", contextlib.nullcontext)
+    task = pool.Task("one", "mini", "toy", {}, tmp_path)
+    assert pool.run_tasks("t", [task], retries=1) == {"one": "cell 3 failed"}
+    assert pool.run_tasks("t", [task]) == {}
+
+
+def test_the_time_left_follows_the_expected_times(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(pool.time, "monotonic", lambda: now[0])
+    tasks = [pool.Task(name, "mini", "toy", {}, tmp_path, seconds) for name, seconds in {"a": 10.0, "b": 30.0}.items()]
+    board = pool.Board("demo", tasks, slots=1)
+    assert board.seconds_left() == 40.0
+    with board.running(tasks[0]):
+        now[0] = 20.0
+    assert board.seconds_left() == pytest.approx(60.0), "twice as slow as expected so far"
 
 
 def test_a_run_that_hangs_is_stopped_and_taken_up(bench):
