@@ -3,7 +3,8 @@
 import pandas as pd
 from matplotlib.axes import Axes
 
-from lab.figures.style import INK, bars, figure, label, legend, look, percent
+from lab.figures.style import INK, bars, figure, label, legend, percent
+from lab.view import palette
 
 
 @figure("method", "mean")
@@ -16,7 +17,7 @@ def method_comparison(ax: Axes, table: pd.DataFrame, xlabel: str = "accuracy", s
     groups = list(table.groupby("group", sort=False)) if "group" in table else [("ours", table)]
     for place, (name, part) in enumerate(groups):
         height = part["method"].map(order.index) + (len(groups) - 1 - 2 * place) * 0.32 / max(len(groups), 2)
-        colour, marker = look(name, place)
+        colour, marker = palette.series(place)
         ax.plot(part["mean"], height, marker, color=colour, label=label(name), zorder=3)
         if {"low", "high"} <= set(part.columns):
             bars(ax, height, part, colour, sideways=True)

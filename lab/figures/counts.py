@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from lab.figures.style import GREY, INK, figure, label, legend, look, percent
+from lab.figures.style import GREY, INK, figure, label, legend, percent
 from lab.view import palette
 from lab.view.base import plain
 
@@ -13,10 +13,10 @@ from lab.view.base import plain
 def iteration_histogram(ax: Axes, table: pd.DataFrame) -> None:
     """Share of tokens by passes, side by side for each `group` (split, run, span) where there is such a column; shares are written on."""
     groups = list(table.groupby("group", sort=False)) if "group" in table else [("", table)]
-    width = 0.8 / len(groups)
+    width, shown = 0.8 / len(groups), palette.looks(name for name, _ in groups)
     for place, (name, part) in enumerate(groups):
         x = part["iterations"] + (place - (len(groups) - 1) / 2) * width
-        drawn = ax.bar(x, part["share"], width * 0.92, color=look(name, place)[0], label=label(name))
+        drawn = ax.bar(x, part["share"], width * 0.92, color=shown[name][0], label=label(name))
         ax.bar_label(drawn, [f"{share:.1%}" for share in part["share"]], padding=1.5, fontsize="small")
     ax.set(xlabel="passes", ylabel="tokens", xticks=sorted(table["iterations"].unique()))
     ax.grid(False, axis="x")
@@ -30,7 +30,7 @@ def gate_histogram(ax: Axes, table: pd.DataFrame) -> None:
     """Gate values inside and outside the thinking span, as shares of each; table: span, low, high (bin edges), share."""
     for place, (name, part) in enumerate(table.groupby("span", sort=False)):
         edges = [*part["low"], part["high"].iloc[-1]]
-        colour = look(name, place)[0]
+        colour = palette.series(place)[0]
         ax.stairs(part["share"], edges, fill=True, alpha=0.28, color=colour)
         ax.stairs(part["share"], edges, color=colour, linewidth=1.4, linestyle=("-", "--", ":")[place % 3], label=label(name))
     ax.set(xlabel="gate (0 = token, 1 = thought)", ylabel="share of positions")

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from lab.figures.style import GREY, INK, bars, figure, label, legend, look, percent, spread
+from lab.figures.style import GREY, INK, bars, figure, label, legend, percent, spread
+from lab.view import palette
 
 
 @figure("passes", "mean", "policy")
@@ -14,8 +15,9 @@ def accuracy_against_passes(ax: Axes, table: pd.DataFrame) -> None:
     table: policy, passes, mean, and low, high, threshold where there are any.
     """
     swept = table["threshold"].notna() if "threshold" in table else pd.Series(False, index=table.index)
-    for place, (name, part) in enumerate(table.groupby("policy", sort=False)):
-        colour, marker = look(name, place)
+    shown = palette.looks(table["policy"])
+    for name, part in table.groupby("policy", sort=False):
+        colour, marker = shown[name]
         line = part[swept[part.index]].sort_values("threshold")
         if len(line):
             ax.plot(line["passes"], line["mean"], color=colour, marker=".", label=f"{label(name)}, threshold swept", zorder=3)
@@ -37,8 +39,9 @@ def learning_curves(ax: Axes, table: pd.DataFrame, ylabel: str = "loss", log: bo
     table: step, arm, mean, and low, high, discarded where there are any.
     """
     lost = table["discarded"].fillna(False).astype(bool) if "discarded" in table else pd.Series(False, index=table.index)
-    for place, (name, part) in enumerate(table[~lost].groupby("arm", sort=False)):
-        spread(ax, part, "step", *look(name, place), label(name), band=True)
+    shown = palette.looks(table["arm"])
+    for name, part in table[~lost].groupby("arm", sort=False):
+        spread(ax, part, "step", *shown[name], label(name), band=True)
     _discarded(ax, table[lost], "mean")
     ax.set(xlabel="step", ylabel=ylabel, yscale="log" if log else "linear")
     legend(ax)
@@ -47,9 +50,10 @@ def learning_curves(ax: Axes, table: pd.DataFrame, ylabel: str = "loss", log: bo
 @figure("thoughts", "mean")
 def accuracy_against_thoughts(ax: Axes, table: pd.DataFrame) -> None:
     """Accuracy for a given number of thoughts; a line per `method` where there is such a column, intervals from low and high."""
-    groups = table.groupby("method", sort=False) if "method" in table else [("", table)]
-    for place, (name, part) in enumerate(groups):
-        spread(ax, part, "thoughts", *look(name, place), label(name))
+    groups = list(table.groupby("method", sort=False)) if "method" in table else [("", table)]
+    shown = palette.looks(name for name, _ in groups)
+    for name, part in groups:
+        spread(ax, part, "thoughts", *shown[name], label(name))
     ax.set(xlabel="thoughts", ylabel="accuracy")
     ax.xaxis.get_major_locator().set_params(integer=True)
     percent(ax)
@@ -59,8 +63,9 @@ def accuracy_against_thoughts(ax: Axes, table: pd.DataFrame) -> None:
 @figure("n", "measure", "mean")
 def scaling(ax: Axes, table: pd.DataFrame) -> None:
     """Coverage, vote, best-of-N and beam against the number of samples N, on a doubling axis."""
-    for place, (name, part) in enumerate(table.groupby("measure", sort=False)):
-        spread(ax, part, "n", *look(name, place), label(name))
+    shown = palette.looks(table["measure"])
+    for name, part in table.groupby("measure", sort=False):
+        spread(ax, part, "n", *shown[name], label(name))
     ax.set(xlabel="samples N", ylabel="accuracy")
     ax.set_xscale("log", base=2)
     ax.set_xticks(sorted(table["n"].unique()), [f"{n:g}" for n in sorted(table["n"].unique())])
@@ -75,7 +80,7 @@ def loss_components(ax: Axes, table: pd.DataFrame, log: bool = True) -> None:
     lost = table["discarded"].fillna(False).astype(bool) if "discarded" in table else pd.Series(False, index=table.index)
     for place, (name, part) in enumerate(table[~lost].groupby("component", sort=False)):
         ax.plot(
-            part["step"], part["value"], color=look(name, place)[0], linestyle=("-", "--", ":", "-.")[place // 8 % 4], label=label(name)
+            part["step"], part["value"], color=palette.series(place)[0], linestyle=("-", "--", ":", "-.")[place // 8 % 4], label=label(name)
         )
     _discarded(ax, table[lost], "value")
     ax.set(xlabel="step", ylabel="loss", yscale="log" if log and (table["value"].dropna() > 0).all() else "linear")
@@ -90,7 +95,7 @@ def divergence_events(ax: Axes, table: pd.DataFrame, events: pd.DataFrame, ylabe
     """
     lost = table["discarded"].fillna(False).astype(bool) if "discarded" in table else pd.Series(False, index=table.index)
     kept = table[~lost].sort_values("step")
-    ax.plot(kept["step"], kept["value"], color=look("loss", 0)[0], label="kept")
+    ax.plot(kept["step"], kept["value"], color=palette.HUES["blue"], label="kept")
     _discarded(ax, table[lost], "value")
     top = float(np.nanmax(table["value"].replace([np.inf, -np.inf], np.nan)))
     for place, event in enumerate(events[events["kind"] == "rollback"].to_dict("records")):
@@ -99,7 +104,7 @@ def divergence_events(ax: Axes, table: pd.DataFrame, events: pd.DataFrame, ylabe
         ax.annotate("", (event["resumed"], height), (event["step"], height), arrowprops={"arrowstyle": "->", "color": INK, "lw": 0.9})
         ax.text(event["step"], height, f" {event['rule']}", va="center", ha="left")
     skipped = events.loc[~events["kind"].isin(["rollback"]), "step"]
-    ax.plot(skipped, np.full(len(skipped), kept["value"].min()), "x", color=look("skipped", 1)[0], label="skipped update")
+    ax.plot(skipped, np.full(len(skipped), kept["value"].min()), "x", color=palette.HUES["vermillion"], label="skipped update")
     ax.set(xlabel="step", ylabel=ylabel, ylim=(None, top * (1.12 + 0.07 * min(len(events), 3))))
     legend(ax)
 

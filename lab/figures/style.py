@@ -125,11 +125,6 @@ def save(fig: Figure, table: pd.DataFrame, folder: str | Path, name: str) -> lis
     return [folder / f"{name}.{kind}" for kind in (*dates, "csv")]
 
 
-def look(name: Any, place: int) -> tuple[str, str]:
-    """(colour, marker) of a series: a method's own wherever it appears, else by its place."""
-    return palette.method(name) if name in palette.METHODS else palette.series(place)
-
-
 def label(name: Any) -> str:
     """How a method or measure is written in a figure; dollar signs and hidden characters are harmless."""
     return palette.TITLES.get(name, str(name).replace("_", " ")).replace("$", r"\$")

@@ -4,6 +4,10 @@ Hues never stand alone: views print the number beside the colour, figures add a 
 fills are hues mixed into the background by at most `STRENGTH`, which leaves a contrast of at least 4.5 (WCAG AA; tested).
 """
 
+from collections.abc import Iterable
+from itertools import count
+from typing import Any
+
 HUES = {
     "green": "#009E73",
     "blue": "#0072B2",
@@ -23,7 +27,7 @@ STRENGTH = {"light": 0.55, "dark": 0.44}
 PASS_HUES = ("green", "blue", "vermillion", "purple", "yellow", "sky")
 PASS_ANSI = (32, 34, 31, 35, 33, 36)
 CHANNEL_HUES = {"decider_prob": "purple", "gate": "green", "prob": "blue", "entropy": "orange", "ce": "vermillion", "score": "sky"}
-SERIES = ("blue", "vermillion", "green", "orange", "purple", "sky", "grey", "yellow")
+SERIES = ("blue", "vermillion", "green", "orange", "purple", "sky", "grey", "ink")  # yellow lines cannot be seen on white
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
 METHODS = ("tah", "dtt", "coconut", "codi", "adaptive", "colar", "softcot", "lta", "latenttts")
 TITLES = dict(
@@ -44,12 +48,15 @@ def pass_ansi(count: float) -> int | None:
 
 def series(index: int) -> tuple[str, str]:
     """(colour, marker) of the `index`-th line of a figure; the pair differs for the first 72."""
-    return HUES[SERIES[index % len(SERIES)]], MARKERS[index % len(MARKERS)]
+    return (HUES | THEMES["light"])[SERIES[index % len(SERIES)]], MARKERS[index % len(MARKERS)]
 
 
-def method(key: str) -> tuple[str, str]:
-    """(colour, marker) of a method, the same in every figure; unknown names get a stable place behind the known ones."""
-    return series(METHODS.index(key) if key in METHODS else len(METHODS) + sum(map(ord, key)) % 7)
+def looks(names: Iterable[Any]) -> dict[Any, tuple[str, str]]:
+    """(colour, marker) per name: a method's own, the same in every figure; the others take, in order, the places no method here has."""
+    names = list(dict.fromkeys(names))
+    taken = {METHODS.index(name) for name in names if name in METHODS}
+    free = (place for place in count() if place not in taken)
+    return {name: series(METHODS.index(name) if name in METHODS else next(free)) for name in names}
 
 
 def mix(hue: str, share: float, background: str) -> str:

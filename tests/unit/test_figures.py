@@ -108,6 +108,15 @@ def test_methods_keep_their_colour_and_name_everywhere():
     assert "CODI (n=5)" in texts(draw("method_comparison"))
 
 
+def test_no_two_lines_of_a_figure_look_the_same():
+    names = ["sft", "tah", "cot", "codi", "none"]
+    table = pd.DataFrame([{"method": name, "thoughts": n, "mean": 0.5} for name in names for n in (1, 2)])
+    lines = figures.accuracy_against_thoughts(table).axes[0].get_lines()
+    assert len({line.get_color() for line in lines}) == len(names)
+    alone = figures.accuracy_against_thoughts(table[table["method"] == "codi"]).axes[0].get_lines()[0]
+    assert alone.get_color() == lines[names.index("codi")].get_color()
+
+
 def test_odd_texts_and_infinite_values_are_shown():
     assert r"“\$↵”" in texts(draw("hard_tokens")) and "∞" in texts(draw("pruning"))
     assert "1,000 ×   CE 1.00 → 0.50" in texts(draw("hard_tokens")) and "2 ×" in texts(draw("hard_tokens"))
