@@ -194,8 +194,9 @@ class Live:
         self._skipped: set[str] = set()
 
     def cell(self, done: int, total: int) -> None:
-        """`done` code cells of `total` have run."""
+        """`done` code cells of `total` have run; the loops of the last one are over."""
         self._cells = (done, total)
+        Path(os.environ["LAB_PROGRESS"]).unlink(missing_ok=True)
 
     def skip(self, name: str) -> None:
         """A finished step stays as it is."""
