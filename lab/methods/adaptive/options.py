@@ -361,6 +361,62 @@ class Resolved:
         }
 
 
+def of_stage(text: str, kind: str, otherwise: str) -> str:
+    """`text` if its tokens are of this kind (`training` or `RL`), `otherwise` if they are of the other or there are none.
+
+    SFT and RL read the same variable of the scripts, training_config_options; a pipeline of both is given one string.
+    """
+    other = "RL" if kind == "training" else "training"
+    if not text.strip():
+        return otherwise
+    try:
+        parse(kind, text)
+        return text
+    except SettingsError:
+        try:
+            parse(other, text)
+        except SettingsError:
+            return text
+        return otherwise
+
+
+def rl_fields(grpo: str, rl: str) -> Values:
+    """The two RL strings as fields of `lab.rl.RLSettings`; SettingsError where they do not fit together."""
+    g, r = resolve_grpo(grpo), resolve_rl(rl)
+    samples = g.get("num_generations", 8)
+    if r["batch_size"] % samples:
+        raise SettingsError(f"batch_size_{r['batch_size']} completions cannot be shared by groups of num_gen_{samples}.")
+    if "max_steps" not in g:
+        raise SettingsError("The GRPO options name no number of steps: add steps_60k.")
+    return {
+        "steps": g["max_steps"],
+        "prompts": r["batch_size"] // samples,
+        "samples": samples,
+        "longest": g.get("max_completion_length", 40),
+        "temperature": g.get("temperature", 1.0),
+        "lr": g.get("learning_rate", 1e-6),
+        "schedule": {"cosine": "cosine", "constant_with_warmup": "constant"}.get(g.get("lr_scheduler_type", ""), "linear"),
+        "warmup_steps": g.get("warmup_steps", 0),
+        "weight_decay": g.get("weight_decay", 0.0),
+        "beta": g.get("beta", 0.0),
+        "bf16": g.get("bf16", False),
+        "eval_every": g.get("eval_steps", 0),
+        "save_every": g.get("save_steps", 0),
+        "load_best": g.get("load_best_model_at_end", False) and bool(g.get("eval_steps")),
+    }
+
+
+def length_reward(rl: str) -> Values:
+    """The length reward of an RL string as fields of `reinforce.LengthReward`."""
+    r = resolve_rl(rl)
+    needed, reward = r["relative_length_accuracy_requirement"], r["relative_length_reward"]
+    return {
+        "penalty": r["relative_length_penalty"] or 0.0,
+        "requirement": None if needed is None else float(needed),
+        "reward": reward if reward in (None, "same") else float(reward),
+    }
+
+
 def shown(values: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Resolved values as rows of a table, those that are off left out."""
     return [{"setting": name, "value": value} for name, value in (values or {}).items() if value not in (None, False, {}, "")]

@@ -1,7 +1,7 @@
-"""What the notebooks call: models to start from, SFT, RL, and the two ways of counting how long a model thinks."""
+"""What the notebooks call to train: data and models to start from, SFT and its arms, RL."""
 
+import copy
 import logging
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,23 +11,24 @@ from typing import Any
 import torch
 
 from lab.data.examples import Dataset, Example
-from lab.errors import SettingsError
-from lab.latent.record import Responses
-from lab.latent.sampling import Sampling
+from lab.errors import SettingsError, unknown
 from lab.methods.adaptive import toy
-from lab.methods.adaptive.config import COLON, MARKER, AdaptiveSettings, Distil, from_official
+from lab.methods.adaptive.config import AdaptiveSettings, Distil, from_official
 from lab.methods.adaptive.data import Prepared, Writer, prepare, slice_of, unusable
 from lab.methods.adaptive.model import AdaptiveModel
 from lab.methods.adaptive.objective import SFT, batch_of
 from lab.methods.adaptive.options import Resolved
-from lab.methods.adaptive.policy import generate
-from lab.methods.adaptive.reinforce import TOLERANCE, AdaptiveThinking, LengthReward, answer_of, first_number, rewards_of
+from lab.methods.adaptive.reinforce import AdaptiveThinking, LengthReward, rewards_of
 from lab.rl import RLSettings, reinforce
 from lab.train import TrainResult, TrainSettings, fit
 
 log = logging.getLogger(__name__)
 
 TOY = "toy"
+TOY_TRAINING = (
+    "gsm8k-aug/latent_plus_1_by_1_max_6/codi_loss_5/calc_smooth_l1/norm_layerwise_std/batch_size_64/steps_700/lr_2e-3/max_grad_norm_2"
+)
+TOY_RL = "batch_size_128/rel_len_penalty_1e-4/rel_len_acc_req_ALL/rel_len_reward_1e-1"
 _BENCHMARKS = {"gsm8k-aug": "gsm8k_aug", "gsm8k-aug-nl": "gsm8k_aug"}
 
 
@@ -38,7 +39,7 @@ _BENCHMARKS = {"gsm8k-aug": "gsm8k_aug", "gsm8k-aug-nl": "gsm8k_aug"}
 class Source:
     """Where problems come from: the toy world (`world` is not empty), or a benchmark named by the option strings in `data`."""
 
-    world: str = TOY
+    world: str = toy.PERMUTATIONS
     data: str = ""
     train_problems: int = 20000
     test_problems: int = 1000
@@ -47,7 +48,7 @@ class Source:
     def train(self, name: str, share: float | None, last: bool = False) -> Dataset:
         """The training problems; `share` of the seed-42 shuffle (the last part for RL)."""
         if self.world:
-            made = toy.examples(self.train_problems, 1_000_003 * (self.seed + 1))
+            made = toy.examples(self.train_problems, 1_000_003 * (self.seed + 1), self.world)
             return made if share is None else slice_of(made, share, last)
         from lab.data import load_benchmark
 
@@ -57,7 +58,7 @@ class Source:
     def held_out(self, name: str, split: str, limit: int | None = None) -> Dataset:
         """The problems of a validation or test split."""
         if self.world:
-            return toy.examples(limit or self.test_problems, 77 if split == "validation" else 78)
+            return toy.examples(limit or self.test_problems, 77 if split == "validation" else 78, self.world)
         from lab.data import load_benchmark
 
         return load_benchmark(_BENCHMARKS[name], split, self.data, limit=limit)
@@ -79,8 +80,7 @@ def start_model(name: str, latent: Mapping[str, Any] | None, lora: Mapping[str, 
         torch.manual_seed(seed)
         dress = partial(AdaptiveModel.start, multiple=dressed) if latent else AdaptiveModel
         model = dress(backbone, tokenizer, settings)
-        if lora:
-            model.add_lora(lora["r"], lora["lora_alpha"], lora.get("lora_dropout", 0.0), lora["target_modules"])
+        add_lora(model, lora)
     return model
 
 
@@ -92,6 +92,27 @@ def warm_up(
         steps=steps, global_batch=64, lr=2e-3, warmup_steps=20, schedule="linear", save_every=0, seed=seed, device="cpu"
     )
     return train_sft(model, data, Distil(mode="cot"), settings.but(betas=[0.9, 0.98], weight_decay=0.01), folder, logger)[0]
+
+
+def add_lora(model: AdaptiveModel, lora: Mapping[str, Any]) -> None:
+    """LoRA as resolved option strings say; nothing for an empty one."""
+    if lora:
+        model.add_lora(lora["r"], lora["lora_alpha"], lora.get("lora_dropout", 0.0), lora["target_modules"])
+
+
+def copy_for(base: AdaptiveModel, distil: Distil, lora: Mapping[str, Any]) -> AdaptiveModel:
+    """A copy of `base` for one arm: one that answers in text for the text modes; LoRA where asked for."""
+    model = copy.deepcopy(base)
+    if distil.mode != "latent" and model.config.latent:
+        model.parts = torch.nn.Module()
+        model.but(start=-1, end=-1, go_on=-1, stop=-1, filter="none")
+    add_lora(model, lora)
+    return model
+
+
+def half(device: str) -> bool | None:
+    """False where half precision does not pay (a CPU); None leaves it to the options."""
+    return False if device == "cpu" or not torch.cuda.is_available() else None
 
 
 # ---- SFT ----
@@ -120,81 +141,47 @@ def train_sft(
 
 
 def fitting(resolved: Resolved, **changes: Any) -> TrainSettings:
-    """The optimisation of resolved option strings; `changes` that are not 0, "" or None overrule them."""
-    kept = {name: value for name, value in changes.items() if value not in (0, "", None)}
+    """The optimisation of resolved option strings; `changes` that are not 0, "" or None overrule them (a seed of 0 does, too)."""
+    kept = {name: value for name, value in changes.items() if value is False or name == "seed" or value not in (0, "", None)}
     values = {**resolved.fitting, **kept}
     if "steps" in kept:
         values["epochs"] = 0.0
     return TrainSettings.check(**values)
 
 
-# ---- evaluation ----
+def arm(distil: Distil, name: str) -> Distil:
+    """`distil` with other losses: `given` as it is, `codi`, `meaned`, `none` (thoughts without distillation), `cot`, `no cot`.
 
-
-def evaluate(
-    model: AdaptiveModel, data: Sequence[Example], thoughts: int | None = None, *, sampling: Sampling | None = None, **options: Any
-) -> tuple[dict[str, float], Responses]:
-    """Accuracy by the paper's rule and both ways of counting thoughts, with the answers (2B.6).
-
-    `thoughts` is the mean number of latent steps, `length` the paper's count (START and STOP included, or the text's tokens),
-    over answers of the right form; `capped` the share that had to be stopped.
+    The weight is that of the given losses; everything else stays equal, so that arms differ in one thing.
     """
-    found = generate(model, data, thoughts=thoughts, sampling=sampling, **options)
-    every = [
-        _scored(row, example, model)
-        for row, example in zip(found.rows, [e for e in data for _ in range(options.get("samples", 1))], strict=True)
-    ]
-    formed = [row for row in every if row["formed"]]
-    lengths = [row["length"] for row in formed]
-    return {
-        "score": statistics.fmean(row["correct"] for row in every),
-        "thoughts": statistics.fmean(row["thoughts"] for row in formed) if formed else float("nan"),
-        "length": statistics.fmean(lengths) if lengths else float("nan"),
-        "length_std": statistics.pstdev(lengths) if lengths else float("nan"),
-        "length_min": min(lengths, default=float("nan")),
-        "length_max": max(lengths, default=float("nan")),
-        "bad_format": 1 - len(formed) / len(every),
-        "cut_off": statistics.fmean(row["cut"] for row in every),
-        "capped": statistics.fmean(row["capped"] for row in every),
-        "questions": float(len(data)),
-    }, found
-
-
-def _scored(row: Any, example: Example, model: AdaptiveModel) -> dict[str, float]:
-    value, gold = answer_of(row.text), first_number(example.answer)
-    before, mark, _ = row.text.lower().rpartition((MARKER + COLON).lower())
-    written = 0 if model.config.latent or not mark else len(Writer(model.tokenizer, model.config).piece(before))
-    return {
-        "correct": value is not None and gold is not None and abs(value - gold) < TOLERANCE,
-        "formed": bool(mark),
-        "thoughts": row.thoughts,
-        "length": row.thoughts + 2 if model.config.latent else written,
-        "cut": row.finish == "length",
-        "capped": row.capped,
+    weight = max(distil.weight_codi, distil.weight_mean)
+    changes: dict[str, dict[str, Any]] = {
+        "given": {},
+        "codi": {"weight_codi": weight, "weight_mean": 0.0},
+        "meaned": {"weight_codi": 0.0, "weight_mean": weight},
+        "none": {"weight_codi": 0.0, "weight_mean": 0.0, "distance": "", "scale": "", "blocks": None},
     }
-
-
-def validator(data: Sequence[Example], thoughts: int | None = None, **options: Any) -> Callable[[AdaptiveModel], dict[str, float]]:
-    """A function that `fit` calls to validate: the score and how long the model thinks."""
-    kept = ("score", "thoughts", "length", "bad_format", "cut_off")
-
-    def run(model: AdaptiveModel) -> dict[str, float]:
-        table, _ = evaluate(model, data, thoughts, **options)
-        return {name: table[name] for name in kept if table[name] == table[name]}
-
-    return run
-
-
-def by_count(model: AdaptiveModel, data: Sequence[Example], counts: Sequence[int], **options: Any) -> list[dict[str, float]]:
-    """Accuracy with each given number of thoughts; `beyond` marks more than training showed."""
-    most = model.config.most_trained
-    return [
-        {"thoughts": count, "score": evaluate(model, data, count, **options)[0]["score"], "beyond": bool(most and count > most)}
-        for count in counts
-    ]
+    changes |= {mode: {**changes["none"], "mode": mode} for mode in ("cot", "no cot")}
+    if name not in changes:
+        raise unknown("arm", name, changes)
+    return distil.but(**changes[name])
 
 
 # ---- RL ----
+
+
+def rl_settings(fields: Mapping[str, Any], **changes: Any) -> RLSettings:
+    """Settings of resolved option strings; `changes` that are not 0, "" or None overrule them (a seed of 0 does, too)."""
+    kept = {name: value for name, value in changes.items() if value is False or name == "seed" or value not in (0, "", None)}
+    return RLSettings.check(**{**fields, **kept})
+
+
+def rl_arm(how: LengthReward, name: str) -> LengthReward:
+    """`given`, or the control: `no length reward`."""
+    arms = {"given": how, "no length reward": LengthReward(penalty=0.0, requirement=None, reward=None)}
+    if name not in arms:
+        raise unknown("arm", name, arms)
+    return arms[name]
 
 
 def reinforce_length(

@@ -1,26 +1,37 @@
-"""The toy world of the adaptive notebooks: one or two memorised permutations in turn, written as GSM8K-Aug rows are (distill.md 9)."""
+"""The toy worlds of the adaptive notebooks, written as GSM8K-Aug rows are: memorised permutations in turn, running sums (distill.md 9)."""
 
 from typing import TYPE_CHECKING
 
 from lab.data.examples import Dataset, Example
 from lab.data.worlds import world
+from lab.errors import unknown
 from lab.methods.adaptive.config import TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+PERMUTATIONS, SUMS = "permutations", "sums"
 STATES = OPERATORS = 8
-NAME = "permutations"
 
 
-def examples(count: int, seed: int, hops: tuple[int, int] = (1, 2)) -> Dataset:
-    """Problems `op3 op1 Q 5` with steps `<<2>>`, `<<7>>` and answer `7`: a step is the state after an operator."""
-    made = world(NAME, states=STATES, operators=OPERATORS).examples(count, seed, hops=hops)
-    rows = tuple(_written(example, seed) for example in made)
-    return Dataset(NAME, f"seed {seed}", rows, f"made here from seed {seed}")
+def examples(count: int, seed: int, world_name: str = PERMUTATIONS) -> Dataset:
+    """Problems of a world, written as GSM8K-Aug is.
+
+    permutations: `op3 op1 Q 5`, steps `<<2>>`, `<<7>>`, answer `7`; a step is the state after an operator, one or two a problem.
+    sums: `3 1 4 2`, steps `<<4>>`, `<<3>>`, answer `0`; a step is a partial sum modulo 5, the last one is the answer.
+    """
+    if world_name == PERMUTATIONS:
+        made = world(PERMUTATIONS, states=STATES, operators=OPERATORS).examples(count, seed, hops=(1, 2))
+        rows = tuple(_permuted(example, seed) for example in made)
+    elif world_name == SUMS:
+        made = world(SUMS, terms=3, modulus=5).examples(count, seed)
+        rows = tuple(Example(f"{seed}-{e.id}", f"Q {e.question}", tuple(f"<<{step}>>" for step in e.steps), e.answer) for e in made)
+    else:
+        raise unknown("toy world", world_name, (PERMUTATIONS, SUMS))
+    return Dataset(world_name, f"seed {seed}", rows, f"made here from seed {seed}")
 
 
-def _written(example: Example, seed: int) -> Example:
+def _permuted(example: Example, seed: int) -> Example:
     *operators, mark, start = example.question.split()
     question = " ".join([*operators, mark, start.removeprefix("s")])
     steps = tuple(f"<<{step.removeprefix('s')}>>" for step in example.steps)
@@ -33,7 +44,20 @@ def tokenizer() -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     numbers = [f"<<{i}>>" for i in range(STATES)] + [f" {i}" for i in range(STATES)]
-    words = ["<pad>", "<eos>", *TOKENS, "Question:", " The", " answer", " is", ":", " Q", *(f" op{i}" for i in range(OPERATORS)), *numbers]
+    words = [
+        "<pad>",
+        "<eos>",
+        *TOKENS,
+        "Question:",
+        " The",
+        " answer",
+        " is",
+        ":",
+        " Q",
+        "Q",
+        *(f" op{i}" for i in range(OPERATORS)),
+        *numbers,
+    ]
     inner = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"Question:|<<\d+>>| ?[A-Za-z]+\d*| ?\d+|:"), "isolated")
     inner.decoder = decoders.Fuse()

@@ -1,0 +1,275 @@
+"""What the notebooks call to look: evaluation in both ways of counting thoughts, curves, answers by number of thoughts, pushing."""
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lab.data.examples import Example
+from lab.errors import SettingsError
+from lab.files import read_lines
+from lab.latent.record import Responses
+from lab.latent.sampling import Sampling
+from lab.methods.adaptive.checkpoint import CREATION
+from lab.methods.adaptive.config import COLON, MARKER
+from lab.methods.adaptive.data import Writer, first_number
+from lab.methods.adaptive.model import AdaptiveModel, read_ids, scores
+from lab.methods.adaptive.policy import generate
+from lab.methods.adaptive.reinforce import TOLERANCE, answer_of
+from lab.train import TrainResult
+
+# ---- evaluation ----
+
+
+def evaluate(
+    model: AdaptiveModel, data: Sequence[Example], thoughts: int | None = None, *, sampling: Sampling | None = None, **options: Any
+) -> tuple[dict[str, float], Responses]:
+    """Accuracy by the paper's rule and both ways of counting thoughts, with the answers (2B.6).
+
+    `thoughts` is the mean number of latent steps, `length` the paper's count (START and STOP included, or the text's tokens),
+    over answers of the right form; `capped` the share that had to be stopped.
+    """
+    found = generate(model, data, thoughts=thoughts, sampling=sampling, **options)
+    every = [
+        _scored(row, example, model)
+        for row, example in zip(found.rows, [e for e in data for _ in range(options.get("samples", 1))], strict=True)
+    ]
+    formed = [row for row in every if row["formed"]]
+    lengths = [row["length"] for row in formed]
+    return {
+        "score": statistics.fmean(row["correct"] for row in every),
+        "thoughts": statistics.fmean(row["thoughts"] for row in formed) if formed else float("nan"),
+        "length": statistics.fmean(lengths) if lengths else float("nan"),
+        "length_std": statistics.pstdev(lengths) if lengths else float("nan"),
+        "length_min": min(lengths, default=float("nan")),
+        "length_max": max(lengths, default=float("nan")),
+        "bad_format": 1 - len(formed) / len(every),
+        "cut_off": statistics.fmean(row["cut"] for row in every),
+        "capped": statistics.fmean(row["capped"] for row in every),
+        "questions": float(len(data)),
+    }, found
+
+
+def _scored(row: Any, example: Example, model: AdaptiveModel) -> dict[str, float]:
+    value, gold = answer_of(row.text), first_number(example.answer)
+    before, mark, _ = row.text.lower().rpartition((MARKER + COLON).lower())
+    written = 0 if model.config.latent or not mark else len(Writer(model.tokenizer, model.config).piece(before))
+    return {
+        "correct": value is not None and gold is not None and abs(value - gold) < TOLERANCE,
+        "formed": bool(mark),
+        "thoughts": row.thoughts,
+        "length": row.thoughts + 2 if model.config.latent else written,
+        "cut": row.finish == "length",
+        "capped": row.capped,
+    }
+
+
+def validator(data: Sequence[Example], thoughts: int | None = None, **options: Any) -> Callable[[AdaptiveModel], dict[str, float]]:
+    """A function that `fit` calls to validate: the score and how long the model thinks."""
+    kept = ("score", "thoughts", "length", "bad_format", "cut_off")
+
+    def run(model: AdaptiveModel) -> dict[str, float]:
+        table, _ = evaluate(model, data, thoughts, **options)
+        return {name: table[name] for name in kept if table[name] == table[name]}
+
+    return run
+
+
+def by_count(model: AdaptiveModel, data: Sequence[Example], counts: Sequence[int], **options: Any) -> list[dict[str, float]]:
+    """Accuracy with each given number of thoughts; `beyond` marks more than training showed."""
+    most = model.config.most_trained
+    return [
+        {"thoughts": count, "score": evaluate(model, data, count, **options)[0]["score"], "beyond": bool(most and count > most)}
+        for count in counts
+    ]
+
+
+# ---- tables ----
+
+
+def final(trained: TrainResult, checked: Mapping[str, float]) -> dict[str, float]:
+    """The headline of one training."""
+    return {**checked, "loss": trained.loss, "rollbacks": float(trained.rollbacks), "seconds": trained.seconds}
+
+
+def curve(folder: Path, value: str) -> Any:
+    """A logged number of every arm of a step: arm, step, mean."""
+    import pandas as pd
+
+    rows = [row for row in read_lines(Path(folder) / "metrics.jsonl") if value in row and row.get("arm") != "warm-up"]
+    return pd.DataFrame([{"arm": r["arm"], "step": r["step"], "mean": r[value]} for r in rows], columns=["arm", "step", "mean"])
+
+
+def at_steps(curves: Any) -> dict[str, dict[str, float]]:
+    """{arm, step n: {accuracy}} of learning curves with several arms, so that a sweep folds them over seeds."""
+    if curves["arm"].nunique() < 2:
+        return {}
+    return {f"{row.arm}, step {row.step}": {"accuracy": float(row.mean_)} for row in curves.rename(columns={"mean": "mean_"}).itertuples()}
+
+
+def shorter(results: Mapping[str, Mapping[str, float]]) -> float:
+    """Thoughts after training as a share of those before (greedy)."""
+    return results["after"]["thoughts"] / results["before"]["thoughts"] if "after" in results else float("nan")
+
+
+def count_table(answers: Responses, problems: Sequence[Example]) -> list[dict[str, float]]:
+    """gold_steps, thoughts, samples, share within each number of gold steps."""
+    first = min(row.question for row in answers.rows)
+    pairs = [(len(problems[row.question - first].steps), row.thoughts) for row in answers.rows]
+    lengths = [steps for steps, _ in pairs]
+    return [
+        {"gold_steps": s, "thoughts": n, "samples": pairs.count((s, n)), "share": pairs.count((s, n)) / lengths.count(s)}
+        for s, n in sorted(set(pairs))
+    ]
+
+
+def found_results(trace: Any) -> list[dict[str, Any]]:
+    """Share of gold intermediate results among the candidates at each place, first candidate and first five, then anywhere."""
+    from lab.view.thoughts import gold_values, is_gold
+
+    samples = {(row["question"], row["sample"]): gold_values(row) for row in trace.samples.to_dict("records")}
+    seen: dict[Any, list[tuple[float, float]]] = {}
+    for row in trace.thoughts.to_dict("records"):
+        gold = samples[row["question"], row["sample"]]
+        hits = [is_gold(text, gold) for text in row["top_texts"]]
+        if gold and hits:
+            seen.setdefault(int(row["step"]), []).append((float(hits[0]), float(any(hits[:5]))))
+    places = [
+        {"place": str(p), "top1": statistics.fmean(a for a, _ in v), "top5": statistics.fmean(b for _, b in v)}
+        for p, v in sorted(seen.items())
+    ]
+    every = [pair for pairs in seen.values() for pair in pairs]
+    mean = (
+        [{"place": "mean", "top1": statistics.fmean(a for a, _ in every), "top5": statistics.fmean(b for _, b in every)}] if every else []
+    )
+    return places + mean
+
+
+def chances(problems: Sequence[Example], odds: torch.Tensor | None) -> list[dict[str, Any]]:
+    """Rows of the probability of each number of thoughts, and its expectation."""
+    if odds is None:
+        return []
+    rows = []
+    for example, line in zip(problems, odds.tolist(), strict=True):
+        mean = sum(count * p for count, p in enumerate(line))
+        rows.append(
+            {"question": example.question, "steps": len(example.steps), "expected": mean, **{str(n): p for n, p in enumerate(line)}}
+        )
+    return rows
+
+
+def answers_by_count(model: AdaptiveModel, problems: Sequence[Example], counts: Iterable[int], **options: Any) -> list[dict[str, Any]]:
+    """What the model says with each number of thoughts, gold beside it, and whether that is right."""
+    if not model.config.latent:
+        return []
+    rows = []
+    for count in counts:
+        found = generate(model, problems, thoughts=count, **options)
+        for row, example in zip(found.rows, problems, strict=True):
+            said = answer_of(row.text)
+            rows.append(
+                {
+                    "thoughts": count,
+                    "question": example.question,
+                    "steps": " ".join(example.steps),
+                    "gold": example.answer,
+                    "said": row.text,
+                }
+                | {"right": said is not None and said == first_number(example.answer), "beyond": count > model.config.most_trained > 0}
+            )
+    return rows
+
+
+def slider(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """A live table of answers for a chosen number of thoughts; the whole table where nothing is live."""
+    import pandas as pd
+
+    table = pd.DataFrame(rows)
+    if table.empty:
+        return table
+    import ipywidgets
+    from IPython.display import display
+
+    out, share = ipywidgets.Output(), table.groupby("thoughts")["right"].mean()
+    choose = ipywidgets.SelectionSlider(options=sorted(share.index.tolist()), value=int(share.idxmax()), description="thoughts")
+
+    def show(change: Mapping[str, Any] | None = None) -> None:
+        out.clear_output(wait=True)
+        with out:
+            display(table[table["thoughts"] == choose.value].drop(columns="thoughts"))
+
+    choose.observe(show, "value")
+    show()
+    display(ipywidgets.VBox([choose, out]))
+    return table.pivot_table(index="question", columns="thoughts", values="said", aggfunc="first")
+
+
+# ---- checkpoints of a run ----
+
+
+def save(model: AdaptiveModel, folder: Path, name: str) -> Path:
+    """Our own format under `folder/name`."""
+    return model.save(Path(folder) / name, overwrite=True)
+
+
+def folder_of(step_folder: Path) -> Path:
+    """The one checkpoint that a training step made for the steps after it: `model`, or what dir_name called it."""
+    found = sorted(path.parent for path in Path(step_folder).glob("*/lab.json"))
+    if not found:
+        raise SettingsError(f"{step_folder} holds no checkpoint.")
+    return next((path for path in found if path.name == "model"), found[0])
+
+
+def models_of(step: Any, device: str = "cpu") -> dict[str, AdaptiveModel]:
+    """The models of a run by step: train, then rl where it took part."""
+    import lab
+
+    found = {name: lab.load(folder_of(step.input(name)), device=device) for name in ("train", "rl") if step.has(name)}
+    if not found:
+        step.input("train")  # says how to make it
+    return found
+
+
+def newest(step: Any) -> Path:
+    """The checkpoint of the last training step of a run."""
+    return folder_of(step.input("rl" if step.has("rl") else "train"))
+
+
+def is_adapter(checkpoint: str) -> bool:
+    """Whether a checkpoint is a training checkpoint with an adapter."""
+    return bool(checkpoint) and (Path(checkpoint) / CREATION).is_file()
+
+
+def merge_gap(model: AdaptiveModel, seed: int = 0) -> float:
+    """Merges `model` in place; the largest change of any logit on random questions (2B.8). SettingsError above 1e-3."""
+    s, generator = model.config, torch.Generator().manual_seed(seed)
+    words = torch.tensor([i for i in range(len(model.tokenizer)) if i not in (s.start, s.end, s.go_on, s.stop)])
+    ids = words[torch.randint(len(words), (4, 16), generator=generator)]
+    if s.latent:
+        ids[:, 8:12] = torch.tensor([s.start, s.go_on, s.go_on, s.stop])
+    with torch.no_grad():
+        before = scores(model.thinker, ids, read_ids(model.thinker, ids).last)
+        model.merge()
+        after = scores(model.thinker, ids, read_ids(model.thinker, ids).last)
+    finite = before.isfinite()
+    gap = float((before - after)[finite].abs().max())
+    if gap > 1e-3 and before.dtype == torch.float32:
+        raise SettingsError(f"Merging changed a logit by {gap:.2g}; the model was not written.")
+    return gap
+
+
+def push(folder: Path, repo: str, private: bool, dry_run: bool) -> str:
+    """Uploads a merged model to the hub; in a dry run (the default) only says what would be sent. Returns what happened."""
+    files = ", ".join(path.name for path in sorted(Path(folder).iterdir()))
+    if not repo:
+        return f"Nothing to push to (repo is empty). {folder} holds {files}."
+    if dry_run:
+        return f"Dry run: would create {repo} ({'private' if private else 'public'}) and upload {files}. Set dry_run = False to do it."
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repo, private=private, exist_ok=True)
+    api.upload_folder(repo_id=repo, folder_path=str(folder))
+    return f"Pushed {files} to {repo}."
