@@ -32,7 +32,7 @@ def gate_histogram(ax: Axes, table: pd.DataFrame) -> None:
         edges = [*part["low"], part["high"].iloc[-1]]
         colour = palette.series(place)[0]
         ax.stairs(part["share"], edges, fill=True, alpha=0.28, color=colour)
-        ax.stairs(part["share"], edges, color=colour, linewidth=1.4, linestyle=("-", "--", ":")[place % 3], label=label(name))
+        ax.stairs(part["share"], edges, color=colour, linestyle=("-", "--", ":")[place % 3], label=label(name))
     ax.set(xlabel="gate (0 = token, 1 = thought)", ylabel="share of positions")
     percent(ax)
     legend(ax)
@@ -66,7 +66,7 @@ def pruning(ax: Axes, table: pd.DataFrame) -> None:
     for chosen, colour, marker, name in ((False, GREY, "o", "kept"), (True, palette.HUES["vermillion"], "s", "dropped")):
         part = table[dropped == chosen]
         if len(part):
-            ax.vlines(part["layer"], 0, finite[part.index], color=colour, linewidth=1.2)
+            ax.vlines(part["layer"], 0, finite[part.index], color=colour)
             ax.plot(part["layer"], finite[part.index], marker, color=colour, label=name)
     for layer in table.loc[finite.isna(), "layer"]:
         ax.annotate("∞", (layer, 1), xycoords=("data", "axes fraction"), ha="center", va="top", color=INK)
@@ -84,7 +84,7 @@ def pruning(ax: Axes, table: pd.DataFrame) -> None:
 def hard_tokens(ax: Axes, table: pd.DataFrame, top: int = 12) -> None:
     """The tokens most often hard: the share of their occurrences, how often they occur, and (`ce_1`, `ce_2`) the loss after each pass."""
     shown = table.sort_values(["hard_share", "tokens"], ascending=False).head(top)[::-1].reset_index(drop=True)
-    ax.hlines(shown.index, 0, shown["hard_share"], color=palette.HUES["vermillion"], linewidth=1.2)
+    ax.hlines(shown.index, 0, shown["hard_share"], color=palette.HUES["vermillion"])
     ax.plot(shown["hard_share"], shown.index, "o", color=palette.HUES["vermillion"])
     ax.set_yticks(shown.index, [f"“{plain(text).replace(chr(10), '↵')}”".replace("$", r"\$") for text in shown["text"]])
     for place, row in shown.iterrows():

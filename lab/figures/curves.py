@@ -121,6 +121,4 @@ def _discarded(ax: Axes, lost: pd.DataFrame, value: str) -> None:
         jumps = (part["step"].diff() < 0).cumsum()
         for jump, stretch in part.groupby(jumps):
             first = place == 0 and jump == jumps.iloc[0]
-            ax.plot(
-                stretch["step"], stretch[value], color=GREY, linestyle="--", linewidth=1.0, zorder=1, label="discarded" if first else None
-            )
+            ax.plot(stretch["step"], stretch[value], color=GREY, linestyle="--", zorder=1, label="discarded" if first else None)

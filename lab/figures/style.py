@@ -67,6 +67,7 @@ def rules(size: str) -> dict[str, Any]:
         "lines.linewidth": 1.4 * scale,
         "lines.markersize": 4.0 * scale,
         "errorbar.capsize": 0.0,
+        "patch.linewidth": 1.2 * scale,
         "figure.facecolor": "white",
         "axes.facecolor": "white",
         "savefig.facecolor": "white",
@@ -146,7 +147,7 @@ def bars(ax: Axes, x: Any, part: pd.DataFrame, colour: str, sideways: bool = Fal
     """Error bars from columns low and high around mean; none where they are undefined."""
     reach = np.abs(np.vstack([part["mean"] - part["low"], part["high"] - part["mean"]]).astype(float))
     place = {"x": part["mean"], "y": x, "xerr": reach} if sideways else {"x": x, "y": part["mean"], "yerr": reach}
-    ax.errorbar(**place, fmt="none", ecolor=colour, elinewidth=1.2, zorder=2)
+    ax.errorbar(**place, fmt="none", ecolor=colour, zorder=2)
 
 
 def percent(ax: Axes, axis: str = "y") -> None:

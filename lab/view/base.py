@@ -42,7 +42,7 @@ class View:
         """A self-contained HTML fragment; `theme` is auto (follows the notebook or the system), light or dark."""
         if theme not in ("auto", *palette.THEMES):
             raise unknown("theme", theme, ["auto", *palette.THEMES])
-        script = f"<script>{_resource(self.script)}</script>" if self.script else ""
+        script = f"<script>{resource(self.script)}</script>" if self.script else ""
         opening = f'<section class="lab-view" data-theme="{theme}" aria-label="{escape(self.title)}">'
         return f"<style>{_style()}</style>{opening}{self.body()}</section>{script}"
 
@@ -167,9 +167,10 @@ def _style() -> str:
     return (
         f".lab-view{{{light}}}@media (prefers-color-scheme:dark){{{automatic}{{{dark}}}}}"
         f'[data-jp-theme-light="true"] {automatic}{{{light}{ground}}}[data-jp-theme-light="false"] {automatic}{{{dark}{ground}}}'
-        f'.vscode-dark {automatic},.lab-view[data-theme="dark"]{{{dark}}}' + _resource("view.css")
+        f'.vscode-dark {automatic},.lab-view[data-theme="dark"]{{{dark}}}' + resource("view.css")
     )
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """The text of a style or script file that lies beside the views."""
     return resources.files("lab.view").joinpath(name).read_text("utf-8")

@@ -13,7 +13,7 @@ import ipywidgets
 
 from lab.errors import DataError
 from lab.trace import Trace
-from lab.view.base import View
+from lab.view.base import View, resource
 from lab.view.channels import Channel, names
 from lab.view.decide import passes_at, with_gate_temperature, with_threshold
 from lab.view.thoughts import thoughts
@@ -33,7 +33,7 @@ class Explorer(ipywidgets.VBox):
         self.controls, self._draw, self._twin = dict(controls), draw, twin or draw
         self.picture = ipywidgets.HTML(layout={"width": "auto", "margin": "4px 0 0"})
         row = ipywidgets.Box(list(self.controls.values()), layout={"flex_flow": "row wrap", "align_items": "center"})
-        super().__init__([row, self.picture])
+        super().__init__([row, self.picture, *_scripts(self._draw(**self.values))])
         for control in self.controls.values():
             control.observe(self.refresh, names="value")
         self.refresh()
@@ -122,6 +122,15 @@ class Watch(Explorer):
 def watch(folder: str | Path, seconds: float = 5.0) -> Watch:
     """The losses of a training that writes `folder` (a run's step), live: close the browser, come back, show it again."""
     return Watch(Path(folder), seconds)
+
+
+def _scripts(view: View) -> list[ipywidgets.Widget]:
+    """An invisible output that runs a view's script (arrow keys) in the page: HTML that a widget sets does not run its own."""
+    if not view.script:
+        return []
+    data = {"text/html": f"<script>{resource(view.script)}</script>", "text/plain": ""}
+    output = {"output_type": "display_data", "data": data, "metadata": {}}
+    return [ipywidgets.Output(outputs=(output,), layout={"height": "0", "overflow": "hidden", "margin": "0"})]
 
 
 def _redecided(

@@ -109,7 +109,7 @@ def test_the_explorer_lives_in_jupyterlab(tab, jupyter):
     one.page.wait_for_function("document.querySelector('.jp-OutputArea .t s').dataset.c0 === '0.00'", timeout=20_000)
     assert number.evaluate("element => getComputedStyle(element, '::before').content") == '"0.50"'
     one.page.locator(".jp-OutputArea .t").nth(2).focus()
-    one.page.keyboard.press("Tab")
+    one.page.keyboard.press("ArrowRight")
     assert one.page.evaluate("document.activeElement.getAttribute('aria-label')").startswith('" w3"')
 
     one.page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
