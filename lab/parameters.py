@@ -91,8 +91,12 @@ def _cells(notebook: Path) -> list[dict[str, Any]]:
 
 def parse_cell(source: str) -> dict[str, Parameter]:
     """The parameters of a cell's source; SyntaxError for anything but `name: type = literal` lines, docstrings and comments."""
-    comments, found = _comments(source), {}
-    for statement in ast.parse(source).body:
+    try:
+        statements, comments = ast.parse(source).body, _comments(source)
+    except (ValueError, tokenize.TokenError) as error:
+        raise SyntaxError(str(error), ("parameters", 1, 0, "")) from None
+    found: dict[str, Parameter] = {}
+    for statement in statements:
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
             continue
         if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value is not None):

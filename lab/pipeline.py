@@ -230,9 +230,14 @@ class Live:
     def _watch(self, name: str, stop: threading.Event) -> None:
         while not stop.wait(0.4):
             text = self.text(name)
-            sketch_json(Path(os.environ["LAB_PROGRESS"]).with_name(LIVE), {"text": text.removeprefix(f"{self.title} · ")})
+            state = {"text": text.removeprefix(f"{self.title} · "), "share": self.share(name)}
+            sketch_json(Path(os.environ["LAB_PROGRESS"]).with_name(LIVE), state)
             if self.display.draw_due():
                 self.display.draw(text)
+
+    def share(self, name: str) -> float:
+        """How much of the run is behind while `name` runs: steps count alike, cells of a step too."""
+        return (self.names.index(name) + self._cells[0] / max(1, self._cells[1])) / len(self.names)
 
     def text(self, name: str) -> str:
         """The line for a step that is running."""

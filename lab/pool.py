@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lab import kernels
 from lab.errors import DeviceError, RunError
@@ -19,7 +20,7 @@ from lab.progress import Display, Terminal, clock
 LIVE = ".live.json"  # where a run says what it is doing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """A run to make: its folder is taken up if it holds an earlier attempt, and left alone where it is finished."""
 
@@ -157,15 +158,26 @@ class Board:
         known = [name for name in self._took if name in expected]
         ratio = sum(self._took[name] for name in known) / sum(expected[name] for name in known) if known else 1.0
         mean = sum(self._took.values()) / len(self._took) if self._took else None
-        guesses = [expected[task.name] * ratio if task.name in expected else mean for task in self.tasks if task.name not in self._took]
+        wholes = {task: expected[task.name] * ratio if task.name in expected else mean for task in self.tasks}
+        guesses = [self._left_of(task, whole) for task, whole in wholes.items() if task.name not in self._took]
         if any(guess is None for guess in guesses):
             return None
-        spent = sum(time.monotonic() - began for began in list(self._active.values()))
-        return max(0.0, sum(guesses) - spent) / self.slots  # type: ignore[arg-type]
+        return sum(guesses) / self.slots  # type: ignore[arg-type]
+
+    def _left_of(self, task: Task, whole: float | None) -> float | None:
+        """Of a run that should take `whole` seconds: what is left by the clock, or by its own account where that is more."""
+        if whole is None or task.name not in self._active:
+            return whole
+        spent = time.monotonic() - self._active[task.name]
+        return max(whole - spent, whole * (1 - _live(task).get("share", 0.0)))
+
+
+def _live(task: Task) -> dict[str, Any]:
+    try:
+        return read_json(task.folder / LIVE)
+    except RunError:
+        return {}
 
 
 def _doing(task: Task) -> str:
-    try:
-        return f"{task.name}: {read_json(task.folder / LIVE)['text']}"
-    except RunError:
-        return f"{task.name}: starting"
+    return f"{task.name}: {_live(task).get('text', 'starting')}"
