@@ -32,7 +32,9 @@ class Explorer(ipywidgets.VBox):
     ) -> None:
         self.controls, self._draw, self._twin = dict(controls), draw, twin or draw
         self.picture = ipywidgets.HTML(layout={"width": "auto", "margin": "4px 0 0"})
-        row = ipywidgets.Box(list(self.controls.values()), layout={"flex_flow": "row wrap", "align_items": "center"})
+        row = ipywidgets.Box(
+            [_labelled(control) for control in self.controls.values()], layout={"flex_flow": "row wrap", "align_items": "center"}
+        )
         super().__init__([row, self.picture, *_scripts(self._draw(**self.values))])
         for control in self.controls.values():
             control.observe(self.refresh, names="value")
@@ -150,6 +152,11 @@ def _redecided(
     return part, " ".join(notes)
 
 
+def _labelled(control: ipywidgets.Widget) -> ipywidgets.Widget:
+    """A row of buttons with its label before it, as the other controls have theirs."""
+    return ipywidgets.HBox([ipywidgets.Label("colour by"), control]) if isinstance(control, ipywidgets.ToggleButtons) else control
+
+
 def _sample_picker(trace: Trace) -> ipywidgets.Dropdown:
     signs = {True: " ✓", False: " ✗"}
     rows = trace.samples[["question", "sample", "correct"]].to_dict("records")
@@ -165,10 +172,10 @@ def _sign(correct: Any, signs: dict[bool, str]) -> str:
 
 
 def _channel_picker(there: list[str], channel: str) -> ipywidgets.ToggleButtons:
-    picker = ipywidgets.ToggleButtons(options=[(Channel(name).label, name) for name in there] or [("text", "")], description="colour by")
+    picker = ipywidgets.ToggleButtons(options=[(Channel(name).label, name) for name in there] or [("text", "")])
     if channel:
         picker.value = channel
-    picker.style.button_width, picker.style.description_width, picker.layout.width = "auto", "auto", "auto"
+    picker.style.button_width = "auto"
     return picker
 
 

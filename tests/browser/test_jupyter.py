@@ -120,6 +120,17 @@ def test_the_explorer_lives_in_jupyterlab(tab, jupyter):
     assert ground == "rgb(17, 17, 17)"
 
 
+def test_an_executed_notebook_opened_again_shows_the_picture(tab, jupyter, notebook):
+    notebooks.execute(notebook, notebook.parent / "done.ipynb", {})
+    one = tab(width=1200, offline=False)
+    one.page.goto(jupyter.replace(notebook.name, "done.ipynb"))
+    note = one.page.locator(".jp-OutputArea .note")
+    note.wait_for(timeout=60_000)
+    assert note.inner_text() == "At threshold 0.60: 1.300 passes a token (recorded: 1.300)."
+    assert one.page.locator(".jp-OutputArea .t").count() == 10
+    one.shot("jupyter-reopened")
+
+
 def test_the_executed_notebook_shows_the_same_picture_offline(tab, notebook, tmp_path):
     done = notebooks.execute(notebook, tmp_path / "done.ipynb", {})
     (output,) = [
