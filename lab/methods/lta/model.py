@@ -97,6 +97,12 @@ class ThoughtModel(LatentModel):
         """The step over the base's weights."""
         return decoder_for(self.backbone)
 
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for what is trained; the frozen base keeps to its inference behaviour."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
     def assistant_states(self, batch: ThoughtBatch) -> Tensor:
         """(R, n, d), or (R·K, n, d) for K sets: the frozen assistant's states at the thoughts' places; the same every epoch."""
         if self.assistant is None:

@@ -3,6 +3,7 @@
 """
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -40,9 +41,12 @@ def loss(model: ThoughtModel, batch: ThoughtBatch) -> tuple[Tensor, dict[str, Te
 loss.feeds_back = False
 
 
-def counts(batch: ThoughtBatch) -> dict[str, int]:
-    """What each part is a mean over."""
-    return {"sft": batch.labelled, "con": len(batch), "kl": len(batch), "nce": len(batch)}
+def counter(model: ThoughtModel) -> Callable[[ThoughtBatch], dict[str, int]]:
+    """What each part of this model's loss is a mean over, as a function of the batch."""
+    s = model.config
+    names = ("sft", "con", "kl") if s.generator == "block" and (s.kl_loss_weight or s.contrastive_loss_weight) else ("sft",)
+    names += ("nce",) if s.num_scaling_times > 1 and s.nce else ()
+    return lambda batch: {name: batch.labelled if name == "sft" else len(batch) for name in names}
 
 
 def _anchor_and_steps(model: ThoughtModel, batch: ThoughtBatch) -> tuple[Tensor, Tensor]:

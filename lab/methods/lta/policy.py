@@ -54,7 +54,7 @@ def generate(
     with torch.no_grad():
         made = make_all(model, asked) if vectors is None else vectors
     if leave_out is not None and made is not None:
-        made = _without(model, made, leave_out)
+        made = without(model, made, leave_out)
     prompts = [_numbered(row, number) for number, row in enumerate(row for row in asked for _ in range(sets))]
     stops = tuple({s.eos_id, *_turn_end(model)} - {-1})
     policy = Policy(model.decoder, stops, sampling or SAMPLING.get(s.family, OTHERS))
@@ -109,7 +109,8 @@ def _turn_end(model: ThoughtModel) -> set[int]:
     return set() if found is None or found == model.tokenizer.unk_token_id else {found}
 
 
-def _without(model: ThoughtModel, made: Tensor, number: int) -> Tensor:
+def without(model: ThoughtModel, made: Tensor, number: int) -> Tensor:
+    """Thoughts (R, n, D) with one replaced by the mean of the embedding table; SettingsError for one that is not there."""
     if not 0 <= number < made.shape[1]:
         raise SettingsError(f"leave_out = {number}: there are thoughts 0 to {made.shape[1] - 1}.")
     made = made.clone()

@@ -151,7 +151,7 @@ def build(
 
 
 def _base_turns(example: Example, words: Wording, family: str, task: str, split: str, span: str) -> list[dict[str, str]]:
-    turns = [{"role": "user", "content": _fill(words.base, question=_asked(example), thoughts=span)}]
+    turns = [{"role": "user", "content": _fill(words.base, question=example.question, thoughts=span)}]
     if split == "test":
         return turns
     lines = [cleaned(line, task, family) for line in reasoning(example, task)]
@@ -161,16 +161,11 @@ def _base_turns(example: Example, words: Wording, family: str, task: str, split:
 
 
 def _assistant_turns(example: Example, words: Wording, family: str, task: str, split: str, n: int, placeholder: str):
-    turns = [{"role": "user", "content": _fill(words.ask, n=n, question=_asked(example))}]
+    turns = [{"role": "user", "content": _fill(words.ask, n=n, question=example.question)}]
     lines = [] if split == "test" else shown_to_assistant(reasoning(example, task), task)
     role = "user" if family == "qwen3" and task in ("aqua", "du") else "assistant"
     steps = [{"role": role, "content": f"## Step {i}: {line}\n"} for i, line in enumerate(lines, 1)]
     return [*turns, *steps, {"role": "assistant", "content": _fill(words.lead, n=n, slots=placeholder * n)}], steps
-
-
-def _asked(example: Example) -> str:
-    letters = (f"{letter}) {option}" for letter, option in zip("ABCDEFGHIJ", example.options, strict=False))
-    return "\n".join((example.question, "", "Pick one:", *letters)) if example.options else example.question
 
 
 def _fill(template: str, **values: Any) -> str:

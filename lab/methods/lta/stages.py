@@ -1,0 +1,327 @@
+"""The steps of LTA's and SoftCoT's pipelines as one call each; a notebook calls them and shows what they return."""
+
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lab.data.benchmarks import load_benchmark, with_options
+from lab.data.examples import Dataset
+from lab.data.records import LETTERS
+from lab.errors import DataError, SettingsError, unknown
+from lab.latent.plan import Kept
+from lab.launch import on_main
+from lab.methods.lta import toy
+from lab.methods.lta.config import FAMILIES, LtaSettings, family_of
+from lab.methods.lta.data import ThoughtBatch, batch_of
+from lab.methods.lta.model import ThoughtModel
+from lab.methods.lta.objective import counter, loss
+from lab.methods.lta.policy import make_all, prompted
+from lab.methods.lta.prompting import Prompted, build
+from lab.models.backbones import load_backbone
+from lab.models.layouts import load
+from lab.models.tokenizers import load_tokenizer
+from lab.sampling.votes import vote
+from lab.trace import Trace
+from lab.train import TrainSettings, fit
+
+TOY = "toy"
+RENAMED = {"Qwen/Qwen3-8B-Instruct": "Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B-Instruct": "Qwen/Qwen3-0.6B"}
+RULES = {"gsm8k": "lta-gsm8k", "strategyqa": "lta-strategyqa", "math": "lta-math", "aqua": "lta-aqua", "du": "lta-aqua"}
+BENCHMARKS = {"gsm8k": "gsm8k", "strategyqa": "strategyqa", "math": "math", "aqua": "aqua", "du": "date_understanding"}
+
+
+def hub_name(name: str) -> tuple[str, str]:
+    """The hub id to use for `name`, and a note where the published command names one that does not exist."""
+    real = RENAMED.get(name, name)
+    return real, "" if real == name else f"{name} does not exist on the hub; {real} is the model the published script uses."
+
+
+def toy_base(folder: Path, seed: int, steps: int) -> float:
+    """Trains the micro-task's base into `folder`/base; its last loss."""
+    base, value = toy.pretrain(seed, steps, Path(folder) / "training-base")
+    base.save_pretrained(Path(folder) / "base")
+    return value
+
+
+def toy_arm(arm: str, folder: str, seed: int, steps: int, thoughts: int) -> dict[str, float]:
+    """Trains one arm of the micro-task on `folder`/base and saves it; what it measures on fresh questions."""
+    model = toy.start(arm, load_backbone(str(Path(folder) / "base")), seed, thoughts)
+    result = toy.train(model, seed, steps, Path(folder) / f"training-{arm}", label=arm)
+    model.save(Path(folder) / arm, overwrite=True, with_backbone=True)
+    return {"train_loss": result.loss, **toy.measure(model, seed)}
+
+
+def toy_table(folder: Path, arms: list[str], seed: int, thoughts: list[int], questions: int = 500) -> list[dict[str, Any]]:
+    """Exact matches of every saved arm for every number of thoughts, and with the solution shown (`shown`)."""
+    rows = []
+    for arm in arms:
+        model = toy_model(folder, arm, seed)
+        for n in thoughts:
+            rows.append({"arm": arm, "thoughts": n, "shown": False, **toy.measure(model, seed, questions, n)})
+        if model.config.generator == "block":
+            rows.append({"arm": arm, "thoughts": thoughts[-1], "shown": True, **toy.measure(model, seed, questions, thoughts[-1], True)})
+    return rows
+
+
+def toy_model(folder: Path, arm: str, seed: int) -> ThoughtModel:
+    """A saved arm, with its assistant where it has one."""
+    model = load(Path(folder) / arm)
+    if model.config.generator == "assistant":
+        model.use_assistant(toy.small_assistant(seed))
+    return model
+
+
+def start(values: dict[str, Any]) -> ThoughtModel:
+    """The untrained model that a train step's parameters describe; names of the published command are accepted, mended and noted."""
+    if values["tune_assistant_model"]:
+        raise SettingsError("tune_assistant_model is not offered: the authors' reported runs keep the assistant frozen.")
+    large, small = (hub_name(values[name])[0] for name in ("large_model_id", "small_model_id"))
+    family, assistant, generator = family_of(large), None, values["generator"]
+    if values["use_assistant_model"]:
+        generator = "assistant"
+    if generator == "assistant":
+        assistant = load_backbone(small, dtype=values["dtype"])
+    names = ("num_thought_tokens", "train_thoughts", "gold_steps", "focus_positions", "distinct_slots", "num_scaling_times", "nce")
+    weights = ("sft_loss_weight", "contrastive_loss_weight", "kl_loss_weight")
+    settings = LtaSettings.check(
+        generator=generator,
+        task=values["task_name"],
+        family=family,
+        eps=1e-5 if family == "llama" else 1e-6,
+        **{name: values[name] for name in (*names, *weights)},
+    )
+    torch.manual_seed(values["seed"])
+    tokenizer = load_tokenizer(large, pad=True, eos=True, chat=True)
+    kind = ThoughtModel
+    if values["method"] == "softcot":
+        from lab.methods.softcot.model import SoftcotModel as kind
+    base = load_backbone(large, dtype=values["dtype"])
+    model = kind.start(base, tokenizer, settings, assistant, load_tokenizer(small) if assistant is not None else None)
+    if settings.num_scaling_times > 1:
+        first = FAMILIES[family].first_slot
+        model.use_assistant(assistant, model.assistant_tokenizer, list(range(first, first + settings.num_scaling_times)))
+    model.settings["pack"] = model.pack.hash
+    return model
+
+
+def prompts(model: ThoughtModel, data: Dataset, split: str, limit: int = 0) -> Kept[Prompted]:
+    """The examples that can be used as prompts, and which were dropped and why."""
+    s, kept = model.config, Kept()
+    where = {"family": s.family, "task": s.task, "split": split, "pack": model.pack, "distinct": s.distinct_slots}
+    n = 0 if s.generator == "none" else s.num_thought_tokens
+    for example in data:
+        try:
+            row = build(example, n, tokenizer=model.tokenizer, assistant_tokenizer=model.assistant_tokenizer, limit=limit, **where)
+            kept.add(example.id, row)
+        except DataError as error:
+            kept.add(example.id, None, str(error))
+    return kept.checked()
+
+
+def train(model: ThoughtModel, rows: list[Prompted], settings: TrainSettings, folder: Path, validation: list[Prompted] = ()):
+    """Trains the model's own weights; states of a frozen assistant are computed once for all epochs."""
+    collate = partial(_collate, model, _cached_states(model, rows), {id(row): index for index, row in enumerate(rows)})
+    held_out = list(validation)
+
+    def validate(trained: ThoughtModel) -> dict[str, float]:
+        values = [
+            loss(trained, batch_of(held_out[i : i + 16], *_fillers(model)).to(model.device))[1]["sft"] for i in range(0, len(held_out), 16)
+        ]
+        return {"loss": float(torch.stack(values).mean())}
+
+    lengths = [len(row.row) for row in rows]
+    return fit(model, rows, collate, loss, settings, folder, count=counter(model), validate=validate if held_out else None, lengths=lengths)
+
+
+def _fillers(model: ThoughtModel) -> tuple[int, int]:
+    return model.tokenizer.pad_token_id, model.tokenizer.convert_tokens_to_ids(FAMILIES[model.config.family].placeholder)
+
+
+def _collate(model: ThoughtModel, states: torch.Tensor | None, places: dict[int, int], rows: list[Prompted]) -> ThoughtBatch:
+    batch = batch_of(rows, *_fillers(model))
+    if states is not None:
+        batch.states = states[[places[id(row)] for row in rows]]
+    return batch
+
+
+@torch.no_grad()
+def _cached_states(model: ThoughtModel, rows: list[Prompted], size: int = 32) -> torch.Tensor | None:
+    """(rows, n, d) states of a frozen assistant at the thoughts' places; None for other generators and several sets."""
+    if model.config.generator != "assistant" or model.config.num_scaling_times > 1 or not rows:
+        return None
+    parts = [model.assistant_states(batch_of(rows[i : i + size], *_fillers(model)).to(model.device)) for i in range(0, len(rows), size)]
+    return torch.cat(parts).cpu()
+
+
+def run(folder: str, values: dict[str, Any]) -> dict[str, float]:
+    """A real training from a train step's parameters (plain values, so that several processes can share it)."""
+    if values["tune_base_model"]:
+        raise SettingsError("tune_base_model is not offered: the base is frozen, as in the reported runs.")
+    model, held_out = start(values), values["held_out"]
+    data = dataset(values["task_name"], "train", values["data"], values["k_shot"], values["seed"])
+    data = data.shuffled(values["seed"])
+    rows = prompts(model, data, "train", values["max_len"]).rows
+    batch = values["batch_size"] * values["gradient_accumulation_steps"] * values["processes"]
+    settings = TrainSettings.check(
+        steps=values["steps"] if not values["n_epochs"] else 0,
+        epochs=values["n_epochs"],
+        global_batch=batch,
+        micro_batch=values["batch_size"],
+        lr=values["learning_rate"],
+        warmup_ratio=values["warmup_ratio"],
+        seed=values["seed"],
+        report_to=values["report_to"],
+        eval_every=200 if held_out else 0,
+    )
+    result = train(model, rows[held_out:], settings, Path(folder) / f"training-{values['method']}", rows[:held_out])
+    on_main(lambda: str(model.save(Path(folder) / values["method"], overwrite=True, with_backbone=False)))
+    return {"train_loss": result.loss, "steps": float(result.steps), "examples": float(len(rows) - held_out)}
+
+
+def trained(folder: Path, values: dict[str, Any]) -> ThoughtModel:
+    """The model of a train step, or the published weights in `params_file_name`, with its assistant where it has one."""
+    large, small = (hub_name(values[name])[0] for name in ("large_model_id", "small_model_id"))
+    if values["params_file_name"]:
+        where = Path(values["params_file_name"])
+        more = {"assistant": small} if small else {}
+        return load(where.parent if where.is_file() else where, backbone=large, task=values["task_name"], **more)
+    model = load(folder / values["method"])
+    if model.config.generator == "assistant":
+        name = model.config.assistant_id
+        model.use_assistant(load_backbone(name, dtype="bfloat16"), load_tokenizer(name))
+    return model
+
+
+def explored(folder: Path, values: dict[str, Any]) -> dict[str, ThoughtModel]:
+    """The models to look at, by arm."""
+    if values["large_model_id"] != TOY:
+        return {values["method"]: trained(folder, values)}
+    return {arm: toy_model(folder, arm, values["seed"]) for arm in values["arms"]}
+
+
+def asked(model: ThoughtModel, values: dict[str, Any]) -> list[Prompted]:
+    """Test questions for a model: fresh ones of the micro-task, or a benchmark's."""
+    count = values["questions"]
+    if values["large_model_id"] == TOY:
+        task = toy.WORLD.task(count, np.random.default_rng((values["seed"], 2)))
+        return toy.questions(task, model.config.num_thought_tokens, solution=False, distinct=model.config.distinct_slots)
+    data = dataset(values["task_name"], "test", values["data"], count, values["seed"])
+    return [prompted(model, example) for example in data]
+
+
+def spread_rows(models: dict[str, ThoughtModel], asked: dict[str, list[Prompted]]) -> list[dict[str, Any]]:
+    """By arm: variance of the thoughts over questions, mean cosine between different places, mean norm."""
+    rows = []
+    for arm, model in models.items():
+        found = similarity(model, asked[arm])
+        n = len(found["norm"])
+        between = float((found["cosine"].sum() - n) / (n * (n - 1))) if n > 1 else 1.0
+        rows.append({"arm": arm, "variance": float(found["variance"].mean()), "cosine": between, "norm": float(found["norm"].mean())})
+    return rows
+
+
+def leave_one_out(models: dict[str, ThoughtModel], asked: dict[str, list[Prompted]]) -> list[dict[str, Any]]:
+    """Exact matches of the micro-task with all thoughts and with each one replaced by the mean embedding; [] for real models."""
+    rows = []
+    for arm, model in models.items():
+        if model.tokenizer is not None:
+            continue
+        batch = batch_of(asked[arm], toy.BOS, toy.FIRST_FILLER)
+        for place in [None, *range(model.config.num_thought_tokens)]:
+            right, _ = toy.exact(model, batch, leave_out=place)
+            rows.append({"arm": arm, "left_out": "none" if place is None else str(place), "exact": right})
+    return rows
+
+
+def thought_trace(model: ThoughtModel, rows: list[Prompted], k: int) -> Trace:
+    """A trace of the thoughts alone: norms and nearest tokens, so that the thoughts view can show them."""
+    name = (lambda ids: " ".join(toy.WORLD.vocabulary[i] for i in ids)) if model.tokenizer is None else model.tokenizer.decode
+    samples, thoughts = [], []
+    for number, row in enumerate(rows):
+        made = make_all(model, [row])[0].float()
+        samples.append({"question": number, "sample": 0, "prompt": name([*row.row.prompt, *row.row.after]), "text": ""})
+        for place, near in enumerate(nearest_tokens(model, row, k)):
+            top = {"top_texts": [text for text, _ in near], "top_probs": [value for _, value in near]}
+            thoughts.append({"question": number, "sample": 0, "step": place, "norm": float(made[place].norm()), **top})
+    return Trace.build(model.method, samples=samples, thoughts=thoughts)
+
+
+def vote_row(rows: list[dict[str, Any]], official: bool = False) -> dict[str, float]:
+    """`voted` as columns of a table."""
+    return {f"vote_{name}": value for name, value in voted(rows, official).items()}
+
+
+def voted(rows: list[dict[str, Any]], official: bool = False) -> dict[str, float]:
+    """Accuracy of the vote over the samples of each question of an evaluation, strictly and leniently read."""
+    by_question: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_question.setdefault(row["id"], []).append(row)
+    found = {}
+    for name, right in (("predicted_answer", "is_correct"), ("lenient_answer", "lenient_correct")):
+        hits = [_vote_is_right(group, name, right, official) for group in by_question.values()]
+        found[name.replace("predicted", "strict").replace("_answer", "")] = float(np.mean(hits))
+    return found
+
+
+def _vote_is_right(group: list[dict[str, Any]], name: str, right: str, official: bool) -> bool:
+    winner = vote([row[name] for row in group], official=official)
+    return any(row[right] for row in group if row[name] == winner)
+
+
+def majority_baseline(data: Dataset) -> float:
+    """Accuracy of always giving the most frequent answer (date understanding ships nearly all answers as A)."""
+    return max(Counter(example.answer for example in data).values()) / len(data)
+
+
+def shuffled_options(data: Dataset, seed: int) -> Dataset:
+    """Multiple-choice questions (loaded without options in their text) with the options in a new order, and the letters mended."""
+    rng, made = np.random.default_rng(seed), []
+    for example in data:
+        order = rng.permutation(len(example.options)).tolist()
+        options = tuple(example.options[i] for i in order)
+        moved = replace(example, options=options, answer=LETTERS[order.index(LETTERS.index(example.answer))])
+        made.append(replace(moved, question=with_options(moved)))
+    return data.but(made, f"Options shuffled with seed {seed}.")
+
+
+def dataset(task: str, split: str, data: str, limit: int, seed: int) -> Dataset:
+    """The questions of a task; date understanding with shuffled options and for evaluation only. ASDiv-Aug is left out (its licence)."""
+    if task == "asdiv-aug":
+        raise DataError("ASDiv-Aug may not be used commercially and is not shipped; give its file as data= with task_name=gsm8k.")
+    if task not in BENCHMARKS:
+        raise unknown("task", task, BENCHMARKS)
+    if task == "du" and split == "train":
+        raise DataError("Date understanding has no training split; train on gsm8k and evaluate on du.")
+    if task != "du":
+        return load_benchmark(BENCHMARKS[task], split, data, limit=limit or None)
+    return shuffled_options(load_benchmark(BENCHMARKS[task], split, data, limit=limit or None, show_options=False), seed)
+
+
+@torch.no_grad()
+def similarity(model: ThoughtModel, rows: list[Any]) -> dict[str, np.ndarray]:
+    """How thoughts relate: cosine between places (n, n) averaged over questions, variance over questions by place (n,), norms (n,)."""
+    made = make_all(model, [prompted(model, row) for row in rows]).float()
+    unit = torch.nn.functional.normalize(made, dim=-1)
+    return {
+        "cosine": (unit @ unit.transpose(1, 2)).mean(0).numpy(),
+        "variance": made.var(0).mean(-1).numpy(),
+        "norm": made.norm(dim=-1).mean(0).numpy(),
+    }
+
+
+@torch.no_grad()
+def nearest_tokens(model: ThoughtModel, row: Any, k: int = 5) -> list[list[tuple[str, float]]]:
+    """For each thought of a question, the tokens whose embeddings are most like it, with the cosine."""
+    made = make_all(model, [prompted(model, row)])[0].float()
+    table = torch.nn.functional.normalize(model.decoder.table.weight.float(), dim=-1)
+    top = (torch.nn.functional.normalize(made, dim=-1) @ table.T).topk(k, -1)
+    name = (lambda i: toy.WORLD.vocabulary[i]) if model.tokenizer is None else (lambda i: model.tokenizer.decode([i]))
+    return [
+        [(name(i), v) for i, v in zip(ids, values, strict=True)]
+        for ids, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
