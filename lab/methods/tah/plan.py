@@ -62,17 +62,17 @@ def loss_table(folder: Path):
 
 def describe(settings: dict[str, Values]) -> dict[str, Any]:
     """What a recipe ({step: parameters}) will train: parameters by part, optimizer steps and rows a step; no weights, no data."""
-    label, first, second = settings["label"], settings["train1"], settings["train2"]
+    label, first = settings["label"], settings["train1"]
     shape = _toy_shape(label) if label["benchmark"] in TASKS else {}
     if label["backbone"].startswith("toy:") and not shape:
         shape = {"vocab_size": label["vocabulary"]}
     dropped = settings["prune"]["num_prune"] if first["pruned"] else 0
     found: dict[str, Any] = {}
-    if "tah" in first["arms"]:
-        found |= {f"TaH {name}": count for name, count in _counts(label["backbone"], first, second, dropped, shape).items()}
+    if "train2" in settings:
+        found |= {f"TaH {name}": count for name, count in _counts(label["backbone"], first, settings["train2"], dropped, shape).items()}
     if "sft" in first["arms"]:
         found |= {f"Standard {name}": count for name, count in _standard(label["backbone"], shape).items()}
-    for name in ("train1", "train2"):
+    for name in (name for name in ("train1", "train2") if name in settings):
         found[f"{name} optimizer steps"] = _steps(settings[name], label["train_records"])
     return found
 

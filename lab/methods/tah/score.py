@@ -135,14 +135,14 @@ def differences(table: dict[str, dict[str, float]]) -> dict[str, dict[str, float
     return {"tah decider minus sft": {name: table["tah decider"][name] - table["sft"][name] for name in names}}
 
 
-def policy_points(model: TahModel, examples: Sequence[dict[str, Any]], table: dict[str, dict[str, float]]):
+def policy_points(model: TahModel | None, examples: Sequence[dict[str, Any]], table: dict[str, dict[str, float]]):
     """Points of accuracy against passes for the figure: every row of `table`, and the decider swept over thresholds."""
     import pandas as pd
 
     rows = [
         {"policy": arm, "passes": numbers["passes"], "mean": numbers["accuracy"]} for arm, numbers in table.items() if arm != "tah decider"
     ]
-    if model.decider.topk:
+    if model is not None and model.decider.topk:
         swept = sweep_thresholds(model, examples)
         rows += [{"policy": "tah decider", "passes": point.passes, "mean": point.accuracy, "threshold": point.threshold} for point in swept]
     return pd.DataFrame(rows)

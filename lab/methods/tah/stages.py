@@ -90,20 +90,21 @@ def run_step2(
     return {"steps": result.steps, "loss": result.loss, "seconds": result.seconds, "tokens": len(features) if features else 0}
 
 
-def arms_of(labelled: Path, train1: Path, train2: Path, checkpoint: str = "", threshold: float = 0.0) -> dict[str, TahModel]:
-    """The models there are, by arm: the base (of toys), the controls of step 1, and `tah` with its decider.
+def arms_of(source: Labelled, train1: Path, train2: Path | None, checkpoint: str = "", threshold: float = 0.0) -> dict[str, TahModel]:
+    """The models there are, by arm: the base (of toys), the controls of step 1, and `tah` with its decider where step 2 took part.
 
     Args:
         checkpoint: a model for `tah` instead of this run's. threshold: its decider's, 0 = as saved.
     """
-    source, found = Labelled(labelled), {}
+    found = {}
     if source.facts["backbone"] == BACKBONE:
         found["base"] = standard(source.model().backbone)
         found["base"].tokenizer = source.model().tokenizer
     for arm in ("sft", "always"):
         if (train1 / arm).is_dir():
             found[arm] = load(train1 / arm)
-    found["tah"] = load(checkpoint or train2 / "tah")
+    if checkpoint or train2 is not None:
+        found["tah"] = load(checkpoint or train2 / "tah")
     if threshold:
         found["tah"].set_threshold(threshold)
     return found
