@@ -108,7 +108,18 @@ def describe(paper: str, recipe: str, overrides: Mapping[str, str] | None = None
     {step: values}.
     """
     planned = papers.plan(paper, recipe, overrides or {})
-    steps = [{"step": p.step, "notebook": p.spec.notebook, "needs": p.spec.needs, "given": p.given, "values": p.values} for p in planned]
+    took = _history(paper, recipe)
+    steps = [
+        {
+            "step": p.step,
+            "notebook": p.spec.notebook,
+            "needs": p.spec.needs,
+            "given": p.given,
+            "values": p.values,
+            "took_s": took.get(p.step),
+        }
+        for p in planned
+    ]
     found = importlib.util.find_spec(f"lab.methods.{paper}.plan") if importlib.util.find_spec(f"lab.methods.{paper}") else None
     details = importlib.import_module(found.name).describe({p.step: p.values for p in planned}) if found else {}
     return {"paper": paper, "recipe": recipe, "title": papers.pipeline(paper).title, "steps": steps, "details": details}
@@ -119,7 +130,8 @@ def describe_text(described: Mapping[str, Any]) -> str:
     lines = [f"{described['title']} · {described['recipe']}"]
     for number, step in enumerate(described["steps"], 1):
         needs = f" after {', '.join(step['needs'])}" if step["needs"] else ""
-        lines.append(f"\n{number}. {step['step']} ({step['notebook']}){needs}")
+        took = f", took {clock(step['took_s'])} last time" if step["took_s"] else ""
+        lines.append(f"\n{number}. {step['step']} ({step['notebook']}){needs}{took}")
         lines += [f"   {'*' if name in step['given'] else ' '} {name} = {value!r}" for name, value in step["values"].items()]
     if described["details"]:
         lines += ["", *(f"{name}: {number_text(value)}" for name, value in described["details"].items())]
@@ -159,6 +171,7 @@ def _run_step(run: runs.Run, planned: papers.Planned, forced: bool, live: "Live"
     record = run.step(name)
     if record is None or record.info["token"] == token:
         _failed(run, name, RunError(f"{planned.spec.notebook} ended without step.finish()."))
+    output.with_suffix(".log").unlink(missing_ok=True)
     run.record(**{name: {"wall_s": round(live.seconds(name), 2)}})
 
 

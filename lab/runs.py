@@ -200,7 +200,8 @@ class Run:
             steps = {**manifest["steps"], **{name: {**manifest["steps"].get(name, {}), **about} for name, about in changed.items()}}
             for record in self.steps():
                 if record.name not in changed:
-                    steps[record.name] = record.summary()
+                    kept = {name: value for name, value in steps.get(record.name, {}).items() if name == "wall_s"}
+                    steps[record.name] = {**kept, **record.summary()}
             manifest["steps"] = steps
             manifest["data"] = {**manifest["data"], **{k: v for record in self.steps() for k, v in record.info["data"].items()}}
             manifest["warnings"] = [f"{record.name}: {text}" for record in self.steps() for text in record.info["warnings"]]

@@ -34,6 +34,7 @@ def test_a_recipe_becomes_a_run_folder_with_executed_notebooks_and_pages(bench, 
     assert results_of(folder)["draw"]["count"] == 4
     manifest = runs.open_run(folder).manifest
     assert [step["status"] for step in manifest["steps"].values()] == ["done", "done"]
+    assert set(pipeline._history("mini", "toy")) == {"draw", "double"}, "the next run knows how long each step takes"
     assert (manifest["recipe"], manifest["overrides"]) == ("toy", {"seed": "3"})
     for step in ("draw", "double"):
         executed = folder / "notebooks" / f"{step}.ipynb"
