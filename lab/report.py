@@ -62,7 +62,8 @@ def _result_step(paper: str) -> str:
 
 
 def _page(body: str, manifests: list[Mapping[str, Any]]) -> str:
-    names = ", ".join(dict.fromkeys(_title(manifest["paper"]) for manifest in manifests))
+    titles = list(dict.fromkeys(_title(manifest["paper"]) for manifest in manifests))
+    names = titles[0] if len(titles) == 1 else f"Latent reasoning, {len(titles)} papers"
     style = resources.files("lab").joinpath("report.css").read_text()
     light, dark = (palette.css_variables(theme) for theme in ("light", "dark"))
     themes = f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
