@@ -46,7 +46,7 @@ class Kept(Generic[T]):
     def note(self) -> str:
         """One sentence about what was dropped; "" if nothing was."""
         total = sum(map(len, self.dropped.values()))
-        parts = "; ".join(f"{len(names)} because {reason} (first: {names[0]})" for reason, names in self.dropped.items())
+        parts = "; ".join(f"{len(names)} ({reason}; first: {names[0]})" for reason, names in self.dropped.items())
         return f"{total} of {total + len(self)} examples were dropped: {parts}." if total else ""
 
     def checked(self) -> Self:

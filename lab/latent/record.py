@@ -150,6 +150,7 @@ class Ask:
         samples: answers a question. first: number of the first question (draws are keyed by seed, question and sample).
         batch: most rows at a time. top: candidates to keep of each thought (0 = none). vectors: keep the thoughts themselves.
         channels: notes of the policy to keep per thought. dropout: a Monte Carlo dropout regime.
+        wrap: from the method's policy to the one that runs (noise on its thoughts).
         sort: put prompts of like length into one batch; otherwise in the order given.
     """
 
@@ -162,6 +163,7 @@ class Ask:
     vectors: bool = False
     channels: tuple[str, ...] = ()
     dropout: DropoutRegime | None = None
+    wrap: Callable[[Policy], Policy] | None = None
     sort: bool = True
 
     def __post_init__(self) -> None:
@@ -209,6 +211,7 @@ def _run(decoder, policy: Policy, prompt: Prompt, group: list[int], ask: Ask) ->
     number = torch.tensor([ask.first + i for i in group for _ in range(ask.samples)], device=device)
     draws = Keyed.of(ask.seed, number, torch.arange(ask.samples, device=device).repeat(len(group)))
     keep = ("thoughts", "logprob", *ask.channels, *(("state",) if ask.top else ()))
+    policy = policy if ask.wrap is None else ask.wrap(policy)
     policy = Watched(policy) if ask.top else policy
     done = rollout(decoder, policy, prompt, ask.samples, draws, budget=ask.budget, dropout=ask.dropout, keep=keep)
     states = done.notes.get("state")

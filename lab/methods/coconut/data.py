@@ -23,27 +23,32 @@ def question_ids(question: str, tokenizer) -> list[int]:
     return tokenizer(question + "\n").input_ids
 
 
-def tokenize(example: Example, tokenizer) -> Tokenized:
-    """The pieces of an example; DataError if the tokenizer has no end token."""
+def tokenize(examples: Sequence[Example], tokenizer) -> list[Tokenized]:
+    """The pieces of examples, encoded together; DataError if the tokenizer has no end token."""
     if tokenizer.eos_token_id is None:
         raise DataError("The tokenizer has no end token, so an answer could not end; set tokenizer.eos_token.")
-
-    def ids(text: str) -> tuple[int, ...]:
-        return tuple(tokenizer(text, add_special_tokens=False).input_ids)
-
-    steps = tuple(ids(step + "\n") for step in example.steps)
-    return Tokenized(tuple(question_ids(example.question, tokenizer)), steps, (*ids("### " + example.answer), tokenizer.eos_token_id))
+    questions = tokenizer([example.question + "\n" for example in examples]).input_ids
+    texts = [text for example in examples for text in (*(step + "\n" for step in example.steps), "### " + example.answer)]
+    pieces = iter(tokenizer(texts, add_special_tokens=False).input_ids)
+    rows = []
+    for question, example in zip(questions, examples, strict=True):
+        steps = tuple(tuple(next(pieces)) for _ in example.steps)
+        rows.append(Tokenized(tuple(question), steps, (*next(pieces), tokenizer.eos_token_id)))
+    return rows
 
 
 def prepare(examples: Iterable[Example], tokenizer, max_tokens: int = 1024) -> Kept[Tokenized]:
     """The usable examples as ids; those without question or answer, with a second answer marker, or too long are dropped and counted."""
-    kept = Kept()
+    kept: Kept[Tokenized] = Kept()
+    usable = []
     for example in examples:
-        reason = _unusable(example)
-        row = None if reason else tokenize(example, tokenizer)
-        if row and len(row.question) + sum(map(len, row.steps)) + len(row.answer) > max_tokens:
-            reason = f"longer than {max_tokens} tokens"
-        kept.add(example.id, row, reason)
+        if reason := _unusable(example):
+            kept.add(example.id, None, reason)
+        else:
+            usable.append(example)
+    for example, row in zip(usable, tokenize(usable, tokenizer) if usable else [], strict=True):
+        length = len(row.question) + sum(map(len, row.steps)) + len(row.answer)
+        kept.add(example.id, row, f"longer than {max_tokens} tokens" if length > max_tokens else "")
     return kept.checked()
 
 

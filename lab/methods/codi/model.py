@@ -96,13 +96,13 @@ class CodiModel(LatentModel):
     def _mark_rows(self) -> Tensor:
         return self.decoder.table.weight[[self.config.bot_id, self.config.eot_id]]
 
-    def prompt(self, question: Any) -> list[int]:
-        """Ids to read before the first thought, for a text, an `Example`, or ids that are read as they are."""
+    def prompt(self, question: Any, written: bool = False) -> list[int]:
+        """Ids to read before the first thought (or written word), for a text, an `Example`, or ids that are read as they are."""
         if isinstance(question, Sequence) and not isinstance(question, str):
             return [int(i) for i in question]
         s = self.config
         text = question_text(question if isinstance(question, str) else question.question, s)
-        return [*self.tokenizer(text).input_ids, *([] if s.remove_eos else [s.eos_id]), s.bot_id]
+        return [*self.tokenizer(text).input_ids, *([] if s.remove_eos else [s.eos_id]), *([] if written else [s.bot_id])]
 
     def merge(self) -> None:
         """Adds the adapters to the weights they adapt and drops them."""

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lab.latent.distill import Passes, at_column, distillation, plan_cross_entropy, read_on, run_pair, scale_of
 from lab.latent.plan import Pair
-from lab.latent.unroll import Block, Unrolled
+from lab.latent.unroll import Block, Unrolled, unroll
 from lab.methods.codi.config import CodiSettings
 from lab.methods.codi.model import CodiModel
 
@@ -26,7 +26,11 @@ def loss(model: CodiModel, batch: Pair) -> tuple[Tensor, dict[str, Tensor]]:
 
     Beside them, only recorded: the teacher's smallest spread over the layers (a target that collapses gives a perfect distill loss).
     """
-    s, done = model.config, run(model, batch)
+    s = model.config
+    if not needs_teacher(s):
+        value = plan_cross_entropy(model.decoder, batch.student, student_alone(model, batch))
+        return value, {"ce": value}
+    done = run(model, batch)
     student, teacher = at_column(done.student.taps, batch.student.target), at_column(done.teacher.taps, batch.teacher.target)
     if s.teacher_pass == "separate":
         teacher = second_teacher(model, batch, s)
@@ -48,9 +52,24 @@ def alignment(student: Tensor, teacher: Tensor, s: CodiSettings) -> Tensor:
     return distillation(student, teacher, "mse" if squared else "smooth_l1", scale, power=2 if squared else 1)
 
 
-def counts(batch: Pair) -> dict[str, int]:
+def counts(batch: Pair, s: CodiSettings | None = None) -> dict[str, int]:
     """What each part is a mean over."""
-    return {"ce": batch.student.labelled, "ref_ce": batch.teacher.labelled, "distill": len(batch)}
+    found = {"ce": batch.student.labelled, "ref_ce": batch.teacher.labelled, "distill": len(batch)}
+    return found if s is None or needs_teacher(s) else {"ce": found["ce"]}
+
+
+def needs_teacher(s: CodiSettings) -> bool:
+    """Whether any loss looks at the written continuation."""
+    return s.ref_loss_factor > 0 or s.distill_loss_factor > 0
+
+
+def student_alone(model: CodiModel, batch: Pair) -> Unrolled:
+    """Question, thoughts and answer without a teacher beside them."""
+    decoder = _Marked(model)
+    kv, asked = decoder.grow(), batch.question.block(decoder)
+    decoder(asked.x, (asked.mask().cumsum(1) - 1).clamp(min=0), kv, valid=asked.valid)
+    student = batch.student
+    return unroll(decoder, student.prompt.block(decoder), student.counts, student.after.block(decoder), model.feedback, kv=kv)
 
 
 @torch.no_grad()

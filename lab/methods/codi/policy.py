@@ -10,7 +10,7 @@ from torch import Tensor
 from lab.errors import SettingsError
 from lab.latent.loop import Budget, Prompt
 from lab.latent.plan import left
-from lab.latent.policy import Counted, Rows
+from lab.latent.policy import Counted, Policy, Rows
 from lab.latent.record import Ask, Responses, respond
 from lab.latent.sampling import Sampling
 from lab.methods.codi.model import CodiModel
@@ -39,6 +39,13 @@ def policy(model: CodiModel, count: int, sampling: Sampling | None = None, decod
     return Projected(decoder, stops, count=count, feedback=model.feedback, sampling=sampling, closing=s.closing, banned=banned)
 
 
+def teacher_policy(model: CodiModel, sampling: Sampling | None = None) -> Policy:
+    """The policy of `model` reasoning in writing."""
+    s = model.config
+    banned = tuple(i for i in (s.pad_id, s.bot_id, s.eot_id) if i >= 0)
+    return Policy(model.decoder, () if s.eos_id < 0 else (s.eos_id,), sampling, banned)
+
+
 def generate(
     model: CodiModel,
     questions: Sequence[Any],
@@ -47,6 +54,7 @@ def generate(
     thoughts: int | None = None,
     sampling: Sampling | None = None,
     max_new_tokens: int = 256,
+    written: bool = False,
     **ask: Any,
 ) -> Responses:
     """Answers to texts, `Example`s or ids; see `lab.latent.record.Ask` for the other arguments.
@@ -56,13 +64,16 @@ def generate(
 
     Args:
         thoughts: how many, instead of the number trained with; more are allowed.
+        written: reason in writing, as the teacher does.
     """
     count = model.config.num_latent if thoughts is None else thoughts
     if count < 0:
         raise SettingsError(f"thoughts = {count}: it must be 0 or more.")
     model.put_marks()
-    prompts = [model.prompt(question) for question in questions]
+    prompts = [model.prompt(question, written) for question in questions]
     asked = Ask(samples=samples, budget=Budget(thoughts=max(1, count), answer=max_new_tokens), **ask)
+    if written:
+        return respond(model, prompts, lambda group: teacher_policy(model, sampling), asked)
     if not model.config.compat:
         return respond(model, prompts, lambda group: policy(model, count, sampling), asked)
     runner = _Padded(model)
