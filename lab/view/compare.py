@@ -64,7 +64,7 @@ class Compare(View):
             f'<div class="who"><b>{escape(name)}</b>{header(part.samples.iloc[0].to_dict())}</div>'
             for name, part in zip(self.names, (self.first, self.second), strict=True)
         )
-        cells = "".join(_pair(ours, theirs, scales, self.names) for ours, theirs in self.pairs)
+        cells = "".join(_pair(ours, theirs, self.scales, self.names) for ours, theirs in self.pairs)
         way = direction("".join(self.both["text"]))
         same = sum(_same(ours, theirs) for ours, theirs in self.pairs)
         summary = f'<p class="soft">{same} of {len(self.pairs)} columns agree; a framed column does not. {_means(first, self)}</p>'
@@ -135,9 +135,10 @@ def _side(row: Row | None, side: str, names: list[str]) -> Row:
     return {f"{name}_{side}": row[name] if row else None for name in ["pos", "text", *names]}
 
 
-def _pair(ours: Row | None, theirs: Row | None, scales: list[Channel], names: tuple[str, str]) -> str:
+def _pair(ours: Row | None, theirs: Row | None, shown: tuple[Channel, list[Channel]], names: tuple[str, str]) -> str:
+    first, scales = shown
     cells = "".join(
-        token(row, {}, scales, {(row["question"], row["sample"], row["pos"]): f"in {name}"}).removesuffix("<br>")
+        token(row, {}, first, scales, {(row["question"], row["sample"], row["pos"]): f"in {name}"}).removesuffix("<br>")
         if row
         else '<span class="gap" aria-hidden="true">·</span>'
         for row, name in zip((ours, theirs), names, strict=True)

@@ -69,16 +69,17 @@ class Tokens(View):
             return "<p>No tokens were recorded.</p>"
         first, scales = self.scales
         notes = _notes(self.shown)
-        blocks = "".join(self._block(sample, rows, scales, notes) for sample, rows in self.samples())
+        blocks = "".join(self._block(sample, rows, notes) for sample, rows in self.samples())
         hidden = len(self.trace.samples) - self.limit
         more = f'<p class="soft">{hidden} more samples: pick one with question= and sample=, or raise limit=.</p>' if hidden > 0 else ""
         note = f'<p class="note">{escape(self.note)}</p>' if self.note else ""
         return switcher(first, scales, f"{note}{blocks}{more}", self.trace.tokens)
 
-    def _block(self, sample: dict[str, Any], rows: list[dict[str, Any]], scales: list[Channel], notes: dict[Any, str]) -> str:
+    def _block(self, sample: dict[str, Any], rows: list[dict[str, Any]], notes: dict[Any, str]) -> str:
         """One sample: its header and its spans."""
+        first, scales = self.scales
         way = direction("".join(row["text"] for row in rows))
-        drawn = [(row, token(row, following, scales, notes)) for row, following in zip(rows, [*rows[1:], {}], strict=True)]
+        drawn = [(row, token(row, following, first, scales, notes)) for row, following in zip(rows, [*rows[1:], {}], strict=True)]
         spans = "".join(
             self._span(role, list(part), way) for role, part in groupby(zip(spans_of(rows), drawn, strict=True), lambda pair: pair[0])
         )
@@ -141,8 +142,11 @@ def spans_of(rows: list[dict[str, Any]]) -> list[tuple[int, str]]:
     return list(zip((numbers != numbers.shift()).cumsum().tolist(), roles, strict=True))
 
 
-def token(row: dict[str, Any], following: dict[str, Any], scales: list[Channel], notes: dict[Any, str]) -> str:
-    """One token as HTML: its visible text, its number in every channel, and all it is known for as its accessible label."""
+def token(row: dict[str, Any], following: dict[str, Any], first: Channel, scales: list[Channel], notes: dict[Any, str]) -> str:
+    """One token as HTML: its visible text, its number in every channel, and all it is known for as its accessible label.
+
+    The first channel's number and light colour are written out as well: they are what viewers that drop style sheets still show.
+    """
     style = "".join(_paint(place, scale, row[scale.name]) for place, scale in enumerate(scales))
     digits = "".join(f' data-c{place}="{scale.short(row[scale.name])}"' for place, scale in enumerate(scales))
     marks = "".join(f" n{place}" for place, scale in enumerate(scales) if row[scale.name] != row[scale.name])
@@ -150,7 +154,8 @@ def token(row: dict[str, Any], following: dict[str, Any], scales: list[Channel],
     shown = visible(row["text"]) if row["text"] else '<i class="cc">◆</i>' if row["role"] == "thought" else visible("")
     return (
         f'<span class="t {row["role"]}{marks}" role="listitem" tabindex="0" aria-label="{_label(row, scales, notes)}" style="{style}">'
-        f'<b class="w{joins}">{shown}</b><s{digits} aria-hidden="true"></s></span>' + ("<br>" if row["text"].endswith("\n") else "")
+        f'<span class="w{joins}"{_plain_fill(first, row[first.name])}>{shown}</span>'
+        f'<sub{digits} aria-hidden="true">{first.short(row[first.name])}</sub></span>' + ("<br>" if row["text"].endswith("\n") else "")
     )
 
 
@@ -162,7 +167,7 @@ def switcher(first: Channel, scales: list[Channel], content: str, tokens: pd.Dat
         for place, scale in enumerate(scales)
     )
     rules = "".join(_rule(place) for place in range(len(scales)))
-    legends = "".join(_legend(place, scale, tokens[scale.name]) for place, scale in enumerate(scales))
+    legends = "".join(_legend(place, scale, tokens[scale.name], scale.name != first.name) for place, scale in enumerate(scales))
     single = " single" if len(scales) < 2 else ""
     return (
         f'<style>{rules}</style><form method="dialog"><fieldset class="switch{single}"><legend>Colour by</legend>{picks}</fieldset>'
@@ -175,8 +180,8 @@ def header(sample: dict[str, Any]) -> str:
     facts = {name: sample[name] for name in ("question", "sample", "answer", "gold") if sample[name] != ""}
     if sample["score"] == sample["score"]:
         facts["score"] = number(sample["score"])
-    items = "".join(f"<span>{name} <b>{escape(value)}</b></span>" for name, value in facts.items())
-    return f"<header>{items}{verdict(sample['correct'])}</header>"
+    items = " ".join(f"<span>{name} <b>{escape(value)}</b></span>" for name, value in facts.items())
+    return f"<header>{items} {verdict(sample['correct'])}</header>"
 
 
 def verdict(correct: Any) -> str:
@@ -205,6 +210,14 @@ def _joins(text: str, following: str) -> bool:
 def _paint(place: int, scale: Channel, value: float) -> str:
     strength = scale.strength(value)
     return f"--x{place}:{strength:.2f};--h{place}:var(--{scale.hue(value)});" if strength > 0 else ""
+
+
+def _plain_fill(scale: Channel, value: float) -> str:
+    strength, light = scale.strength(value), palette.THEMES["light"]
+    if not strength:
+        return ""
+    fill = palette.mix(palette.HUES[scale.hue(value)], strength * palette.STRENGTH["light"], light["bg"])
+    return f' style="background-color:{fill};color:{light["ink"]}"'
 
 
 def _label(row: dict[str, Any], scales: list[Channel], notes: dict[Any, str]) -> str:
@@ -252,25 +265,25 @@ def _candidates(row: dict[str, Any]) -> str:
 def _rule(place: int) -> str:
     on = f'.lab-view form:has([value="c{place}"]:checked)'
     return (
-        f"{on} .t{{--x:var(--x{place},0);--hue:var(--h{place},transparent)}}{on} .t s::before{{content:attr(data-c{place})}}"
-        f"{on} .t.n{place} .w{{background:var(--hatch)}}{on} .legends .c{place}{{display:flex}}"
+        f"{on} .t{{--x:var(--x{place},0);--hue:var(--h{place},transparent)}}{on} .t sub::before{{content:attr(data-c{place})}}"
+        f"{on} .t.n{place} .w{{background:var(--hatch)!important}}{on} .legends .c{place}{{display:flex}}"
     )
 
 
-def _legend(place: int, scale: Channel, values: pd.Series) -> str:
+def _legend(place: int, scale: Channel, values: pd.Series, hidden: bool) -> str:
     undefined = int(values.isna().sum())
     clipped = 0 if scale.discrete else int(((values > scale.high) | (values < scale.low)).sum())
     edges = f'<span><i class="chip hatched"></i>undefined · {undefined}</span>' if undefined else ""
     edges += f"<span>▲▼ beyond the scale · {clipped}</span>" if clipped else ""
     inside = _swatches(scale, values) if scale.discrete else _ramp(scale, values)
-    return f'<div class="c{place}" role="note" aria-label="{escape(scale.label)}">{inside}{edges}</div>'
+    return f'<div class="c{place}" role="note" aria-label="{escape(scale.label)}"{" hidden" if hidden else ""}>{inside} {edges}</div>'
 
 
 def _swatches(scale: Channel, values: pd.Series) -> str:
     counts = values.dropna().value_counts().sort_index()
     style = {value: f"--x:{scale.strength(value):.0f};--hue:var(--{scale.hue(value)})" for value in counts.index}
     plural = {1: "token"}
-    return "".join(
+    return " ".join(
         f'<span><i class="chip" style="{style[value]}"></i>{value:.0f} · {many} {plural.get(many, "tokens")}</span>'
         for value, many in counts.items()
     )
@@ -278,7 +291,7 @@ def _swatches(scale: Channel, values: pd.Series) -> str:
 
 def _ramp(scale: Channel, values: pd.Series) -> str:
     mean = f"<span>mean {number(values.mean())}</span>" if values.notna().any() else ""
-    return f'<span>{number(scale.low)}<i class="ramp" style="--hue:var(--{scale.hue(scale.high)})"></i>{number(scale.high)}</span>{mean}'
+    return f'<span>{number(scale.low)} <i class="ramp" style="--hue:var(--{scale.hue(scale.high)})"></i> {number(scale.high)}</span> {mean}'
 
 
 def _codes(scale: Channel, value: float, color: bool) -> tuple[int, ...]:

@@ -94,7 +94,7 @@ def test_channels_switch_by_mouse_and_by_keyboard_with_and_without_script(tab, v
     one = opened(tab, views["tokens"], tmp_path, script=script)
     labels = one.page.locator(".switch label")
     assert labels.all_inner_texts() == ["passes", "continue probability", "probability", "entropy"]
-    below = one.page.locator(".t s").nth(8)
+    below = one.page.locator(".t sub").nth(8)
     shown = "element => getComputedStyle(element, '::before').content"
     assert below.evaluate(shown) == '"2"'
     by_passes = painted(one.page, 8)
