@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 TOY = "toy"
 TOY_TRAINING = (
-    "gsm8k-aug/latent_plus_1_by_1_max_6/codi_loss_5/calc_smooth_l1/norm_layerwise_std/batch_size_64/steps_700/lr_2e-3/max_grad_norm_2"
+    "gsm8k-aug/latent_plus_1_by_1_max_6/codi_loss_5/calc_smooth_l1/norm_layerwise_std/batch_size_64/steps_500/lr_2e-3/max_grad_norm_2"
 )
 TOY_RL = "batch_size_128/rel_len_penalty_1e-4/rel_len_acc_req_ALL/rel_len_reward_1e-1"
 _BENCHMARKS = {"gsm8k-aug": "gsm8k_aug", "gsm8k-aug-nl": "gsm8k_aug"}
@@ -71,9 +71,8 @@ def start_model(name: str, latent: Mapping[str, Any] | None, lora: Mapping[str, 
 
     settings = from_official(latent) if latent else AdaptiveSettings(filter="none")
     if name == TOY or name.startswith("toy:"):
-        tokenizer = toy.tokenizer()
-        backbone = load_backbone("toy:llama-tiny" if name == TOY else name, vocab_size=len(tokenizer), seed=seed, max_positions=64)
-        dressed = 1
+        tokenizer, dressed = toy.tokenizer(), 1
+        backbone = toy.backbone("toy:llama-tiny" if name == TOY else name, len(tokenizer), seed)
     else:
         tokenizer, backbone, dressed = load_tokenizer(name), load_backbone(name, dtype=dtype), 128
     with torch.random.fork_rng(devices=[]):
