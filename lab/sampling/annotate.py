@@ -29,7 +29,8 @@ def annotate(
     seed: int,
     budget: Budget,
     dropout=None,
-    first: int = 0,
+    questions: Tensor | None = None,
+    numbers: Tensor | None = None,
 ) -> Tensor:
     """Labels (Q, N, T) in [0, 1], float32.
 
@@ -38,19 +39,22 @@ def annotate(
         thoughts: (Q·N, T, D) the trajectories, question-major.
         judge: (number of the question, answer token ids) -> right or wrong.
         rollouts: M completions a step.
-        seed, first: draws are keyed by (seed, first + question, trajectory, step, completion).
+        seed: draws are keyed by (seed, question, trajectory, step, completion).
+        questions, numbers: (Q,) and (N,) the numbers of questions and trajectories in those keys; None = counted from 0.
     """
-    questions, steps = prompt.x.shape[0], thoughts.shape[1]
-    label = _Labels(questions, thoughts, judge, rollouts, seed, first, budget)
+    steps = thoughts.shape[1]
+    asked = torch.arange(prompt.x.shape[0]) if questions is None else questions
+    label = _Labels(asked, thoughts, judge, rollouts, seed, budget, numbers)
     if dropout is None:
         return label.cached(decoder, policy, prompt)
     return torch.stack([label.reread(decoder, policy, prompt, step, dropout) for step in range(1, steps + 1)], -1)
 
 
 class _Labels:
-    def __init__(self, questions, thoughts, judge, rollouts, seed, first, budget):
-        self.questions, self.thoughts, self.judge, self.rollouts = questions, thoughts, judge, rollouts
-        self.seed, self.first, self.budget, self.samples = seed, first, budget, len(thoughts) // questions
+    def __init__(self, asked: Tensor, thoughts, judge, rollouts, seed, budget, numbers=None):
+        self.asked, self.questions, self.thoughts, self.judge, self.rollouts = asked, len(asked), thoughts, judge, rollouts
+        self.seed, self.budget, self.samples = seed, budget, len(thoughts) // len(asked)
+        self.numbers = torch.arange(self.samples) if numbers is None else numbers
 
     def cached(self, decoder, policy: Policy, prompt: Prompt) -> Tensor:
         kv, _, pos = read_prompt(decoder, prompt)
@@ -93,8 +97,9 @@ class _Labels:
 
     def _draws(self, step: int, copies: int) -> Keyed:
         row = torch.arange(self.questions * self.samples * copies, device=self.thoughts.device)
-        question, sample = row // (self.samples * copies), row % (self.samples * copies)
-        return Keyed.of(self.seed, self.first + question, sample + (step << 32))
+        question = self.asked.to(row.device)[row // (self.samples * copies)]
+        sample = self.numbers.to(row.device)[row // copies % self.samples] * copies + row % copies
+        return Keyed.of(self.seed, question, sample + (step << 32))
 
     def _share(self, answers: list[list[int]], copies: int) -> Tensor:
         right = [self.judge(row // (self.samples * copies), answer) for row, answer in enumerate(answers)]

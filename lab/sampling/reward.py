@@ -5,6 +5,8 @@ answer tokens are never read: a question's prompt is read once for its N samples
 Axes: Q questions, N samples, R = Q·N rows (question-major), T thoughts, D width.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 
@@ -18,16 +20,15 @@ class LatentRM(nn.Module):
     Args:
         model: the causal language model whose transformer is used (its vocabulary head is not).
         projector: a CODI generator's projection, applied before the head; None for the others.
+        classifier: the head; None = a new one.
     """
 
-    def __init__(self, model: nn.Module, projector: nn.Module | None = None):
+    def __init__(self, model: nn.Module, projector: nn.Module | None = None, classifier: nn.Linear | None = None):
         super().__init__()
         self.model, self.projector = model, projector
-        self.classifier = nn.Linear(model.config.hidden_size, 1)
-        nn.init.normal_(self.classifier.weight, std=model.config.initializer_range)
-        nn.init.zeros_(self.classifier.bias)
+        self.classifier = new_head(model.config) if classifier is None else classifier
 
-    @property
+    @cached_property
     def decoder(self):
         """The step over this model's transformer."""
         from lab.models.decoder import decoder_for
@@ -76,6 +77,14 @@ class LatentRM(nn.Module):
                 "it was trained on another backbone."
             )
         return len(thoughts) // questions
+
+
+def new_head(config) -> nn.Linear:
+    """The untrained head of a model of `config`: normal weights of its initialiser's width, zero bias."""
+    head = nn.Linear(config.hidden_size, 1)
+    nn.init.normal_(head.weight, std=getattr(config, "initializer_range", 0.02))
+    nn.init.zeros_(head.bias)
+    return head
 
 
 def total(logits: Tensor, counts: Tensor | None = None, loss: str = "ce") -> Tensor:

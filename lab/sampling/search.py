@@ -1,0 +1,111 @@
+"""Beam search over a data set: every question once for each (beams, candidates), recorded so that a kill costs one batch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lab import files
+from lab.errors import SettingsError
+from lab.latent.draws import Keyed
+from lab.latent.loop import Budget, Prompt
+from lab.methods.latenttts.model import RewardModel
+from lab.models.latent_model import LatentModel
+from lab.progress import Progress
+from lab.sampling.beam import Beam, BeamResult, beam_search
+from lab.sampling.pool import judge
+from lab.sampling.records import Asked
+from lab.sampling.sampler import Sampler, fixed_count, thinker
+from lab.stats import proportion_interval
+
+
+def search(
+    model: LatentModel,
+    reward: RewardModel,
+    asked: Sequence[Asked],
+    sampler: Sampler,
+    beams: int,
+    candidates: int,
+    folder: Path | str,
+    *,
+    rule: str,
+    thoughts: int = 0,
+    answer: int = 64,
+    batch: int = 256,
+) -> list[dict[str, Any]]:
+    """One line a question: number, answer, correct, text, and the tree (`nodes`); kept in `folder`/beams-<B>x<C>.jsonl.
+
+    Args:
+        asked: the questions, with prompt and gold answer; their samples are not used.
+        batch: candidates at a time.
+    Raises: SettingsError for a model that decides itself how many thoughts it makes; CheckpointError for a foreign reward model.
+    """
+    count = fixed_count(model, thoughts)
+    if count is None:
+        raise SettingsError("Beam search compares thoughts of equal number; this model stops when it likes. Give thoughts=…, or vote.")
+    reward.check_for(model)
+    path = Path(folder) / f"beams-{beams}x{candidates}.jsonl"
+    done = {line["number"] for line in files.read_lines(path)}
+    left = sorted((question for question in asked if question.number not in done), key=lambda question: len(question.prompt))
+    size, settings = max(1, batch // (beams * candidates)), Beam(beams=beams, candidates=candidates, thoughts=count)
+    with Progress(f"beams {beams} x {candidates}", len(asked)) as progress:
+        progress.start_at(len(asked) - len(left))
+        for start in range(0, len(left), size):
+            group = left[start : start + size]
+            found = _run(model, reward, group, sampler, settings, answer)
+            for place, question in enumerate(group):
+                files.append_line(path, _line(model, question, found, place, rule))
+                progress.advance()
+    return sorted(files.read_lines(path), key=lambda line: line["number"])
+
+
+def _run(model, reward: RewardModel, group: Sequence[Asked], sampler: Sampler, settings: Beam, answer: int) -> BeamResult:
+    policy = sampler.wrap(thinker(model, settings.thoughts))
+    each = settings.beams * settings.candidates
+    number = torch.tensor([question.number for question in group], device=model.device).repeat_interleave(each)
+    draws = Keyed.of(sampler.seed, number, torch.arange(each, device=model.device).repeat(len(group)))
+    prompt = Prompt.of_ids(policy.decoder, [question.prompt for question in group])
+    budget, masks = Budget(thoughts=settings.thoughts, answer=answer), sampler.masks(model, settings.thoughts)
+    return beam_search(policy.decoder, policy, reward.scorer, prompt, draws, settings, budget, masks)
+
+
+def _line(model, question: Asked, found: BeamResult, place: int, rule: str) -> dict[str, Any]:
+    text = model.tokenizer.decode(found.rollout.answers()[place], skip_special_tokens=True)
+    answer, right = judge(text, question.facts.get("gold", ""), rule)
+    nodes = [
+        {"step": step, "beam": int(beam), "candidate": int(candidate), "score": round(float(score), 5)}
+        for step in range(len(found.kept))
+        for (beam, candidate), score in zip(found.kept[step, place].tolist(), found.kept_scores[step, place].tolist(), strict=True)
+    ]
+    return {"number": question.number, "text": text, "answer": answer, "correct": right, "nodes": nodes}
+
+
+def accuracy(lines: Sequence[dict[str, Any]], beams: int, candidates: int, numbers: set[int] | None = None) -> dict[str, Any]:
+    """A row for the figure of curves: accuracy of a search that spent beams x candidates thoughts a step."""
+    kept = [line["correct"] for line in lines if numbers is None or line["number"] in numbers]
+    interval = proportion_interval(sum(kept), len(kept))
+    row = {"subset": "all" if numbers is None else "mixed", "measure": f"beam search, {beams} kept", "n": beams * candidates}
+    return row | {"mean": interval.mean, "low": interval.low, "high": interval.high, "questions": interval.n}
+
+
+def tree_trace(line: dict[str, Any], question: Asked) -> Any:
+    """The search of one question as a trace whose samples are its survivors, each under the one it grew from."""
+    from lab.trace import Trace
+
+    steps = 1 + max(node["step"] for node in line["nodes"])
+    beams = len(line["nodes"]) // steps
+    rows = []
+    for place, node in enumerate(line["nodes"]):
+        parent = (node["step"] - 1) * beams + node["beam"] if node["step"] else -1
+        row = {
+            "question": question.number,
+            "sample": place,
+            "parent": parent,
+            "score": node["score"],
+            "text": f"after thought {node['step'] + 1}",
+        }
+        rows.append(row | {"prompt": question.facts.get("question", ""), "gold": question.facts.get("gold", "")})
+    best = (steps - 1) * beams
+    rows[best] |= {"answer": line["answer"] or "", "correct": line["correct"], "text": line["text"]}
+    return Trace.build("latenttts", samples=rows)
