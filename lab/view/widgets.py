@@ -75,6 +75,7 @@ def explore(trace: Trace, channel: str = "") -> Explorer:
         controls["threshold"] = _slider("threshold", float(trace.meta.get("threshold", 0.5)), 0.0, 1.0, 0.01)
     if "gate_logit" in there:
         controls["temperature"] = _slider("temperature", float(trace.meta.get("gate_temperature", 1.0)), 0.05, 3.0, 0.05)
+        controls["hard"] = ipywidgets.Checkbox(False, description="hard gates", indent=False, layout={"width": "auto"})
 
     def live(channel: str, **values: Any) -> View:
         part, note = _redecided(trace, **values)
@@ -136,7 +137,7 @@ def _scripts(view: View) -> list[ipywidgets.Widget]:
 
 
 def _redecided(
-    trace: Trace, sample: tuple[Any, int], threshold: float | None = None, temperature: float | None = None
+    trace: Trace, sample: tuple[Any, int], threshold: float | None = None, temperature: float | None = None, hard: bool = False
 ) -> tuple[Trace, str]:
     """(the sample decided again, a sentence on what that changed)."""
     part, notes = trace.select(*sample), []
@@ -147,8 +148,8 @@ def _redecided(
         if again["open"].any():
             notes.append(f"{int(again['open'].sum())} counts are lower bounds: the recorded run stopped there.")
     if temperature is not None:
-        part = with_gate_temperature(part, temperature)
-        notes.append(f"At gate temperature {temperature:.2f}: mean gate {part.tokens['gate'].mean():.3f}.")
+        part = with_gate_temperature(part, temperature, hard)
+        notes.append(f"{'Hard gates' if hard else f'At gate temperature {temperature:.2f}'}: mean gate {part.tokens['gate'].mean():.3f}.")
     return part, " ".join(notes)
 
 

@@ -51,10 +51,13 @@ def test_sample_and_channel_are_picked():
 def test_controls_appear_only_for_what_was_recorded():
     plain = Trace.build("codi", tokens=[{"question": 0, "pos": 0, "text": "x", "prob": 0.5}])
     assert set(view.explore(plain).controls) == {"sample", "channel"}
-    gated = Trace.build("dtt", tokens=[{"question": 0, "pos": 0, "text": "x", "gate_logit": 1.0, "gate": 0.7}])
-    explorer = view.explore(gated)
-    explorer.controls["temperature"].value = 0.1
-    assert "mean gate 1.000" in explorer.picture.value
+    tokens = [{"question": 0, "pos": p, "text": "x", "gate_logit": logit, "gate": 0.7} for p, logit in enumerate([1.0, -1.0, -1.0])]
+    explorer = view.explore(Trace.build("dtt", tokens=tokens))
+    assert "At gate temperature 1.00: mean gate 0.423" in explorer.picture.value
+    explorer.controls["temperature"].value = 0.5
+    assert "mean gate 0.373" in explorer.picture.value
+    explorer.controls["hard"].value = True
+    assert "Hard gates: mean gate 0.333" in explorer.picture.value
     with pytest.raises(DataError, match="no tokens"):
         view.explore(Trace.build("tah"))
 
