@@ -17,6 +17,7 @@ _WHERE = {
     "hard_tokens": "counts",
     "iteration_histogram": "counts",
     "pruning": "counts",
+    "thought_map": "maps",
     "thoughts_against_gold_steps": "counts",
     "method_comparison": "comparison",
     "redraw": "again",

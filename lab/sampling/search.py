@@ -96,16 +96,10 @@ def tree_trace(line: dict[str, Any], question: Asked) -> Any:
     steps = 1 + max(node["step"] for node in line["nodes"])
     beams = len(line["nodes"]) // steps
     rows = []
+    about = {"question": question.number, "prompt": question.facts.get("question", ""), "gold": question.facts.get("gold", "")}
     for place, node in enumerate(line["nodes"]):
         parent = (node["step"] - 1) * beams + node["beam"] if node["step"] else -1
-        row = {
-            "question": question.number,
-            "sample": place,
-            "parent": parent,
-            "score": node["score"],
-            "text": f"after thought {node['step'] + 1}",
-        }
-        rows.append(row | {"prompt": question.facts.get("question", ""), "gold": question.facts.get("gold", "")})
+        rows.append({**about, "sample": place, "parent": parent, "score": node["score"], "text": f"after thought {node['step'] + 1}"})
     best = (steps - 1) * beams
     rows[best] |= {"answer": line["answer"] or "", "correct": line["correct"], "text": line["text"]}
     return Trace.build("latenttts", samples=rows)

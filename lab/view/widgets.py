@@ -16,6 +16,7 @@ from lab.trace import Trace
 from lab.view.base import View, resource
 from lab.view.channels import Channel, names
 from lab.view.decide import passes_at, with_gate_temperature, with_threshold
+from lab.view.samples import samples
 from lab.view.thoughts import thoughts
 from lab.view.tokens import Tokens
 from lab.view.training import training
@@ -95,6 +96,19 @@ def explore_thoughts(trace: Trace) -> Explorer:
     most = int(trace.thoughts.groupby(["question", "sample"]).size().max())
     count = ipywidgets.IntSlider(most, 1, most, description="thoughts")
     return Explorer({"sample": _sample_picker(trace), "count": count}, lambda sample, count: thoughts(trace.select(*sample), steps=count))
+
+
+def explore_runs(traces: Mapping[str, Trace], sort: str = "-score") -> Explorer:
+    """A live table of samples: a slider chooses among recorded runs (noise, dropout, …), another control the question.
+
+    Nothing is generated. Raises DataError without a run.
+    """
+    if not traces:
+        raise DataError("Nothing to explore: no run was recorded.")
+    questions = list(dict.fromkeys(question for trace in traces.values() for question in trace.samples["question"]))
+    run = ipywidgets.SelectionSlider(options=list(traces), description="run", layout={"width": "28em"})
+    question = ipywidgets.Dropdown(options=[(str(name), name) for name in questions], description="question")
+    return Explorer({"run": run, "question": question}, lambda run, question: samples(traces[run], sort, question=question))
 
 
 class Watch(Explorer):
