@@ -12,7 +12,21 @@ from lab.files import file_digest
 
 PACKAGES = ("lab", "torch", "transformers", "peft", "accelerate", "trl", "datasets", "tokenizers", "safetensors", "numpy", "papermill")
 _SOURCE = Path(__file__).resolve().parent
-_PLUMBING = {f"{name}.py" for name in "__init__ errors files notebooks papers parameters progress provenance records runs".split()}
+_CARRIERS = (
+    "__init__",
+    "errors",
+    "files",
+    "kernels",
+    "notebooks",
+    "papers",
+    "parameters",
+    "progress",
+    "provenance",
+    "records",
+    "runs",
+    "tables",
+)
+_PLUMBING = {f"{name}.py" for name in _CARRIERS}  # they carry runs and shape no result
 
 
 def home() -> Path:
@@ -28,6 +42,8 @@ def outputs() -> Path:
 
 
 def _git(*arguments: str) -> str | None:
+    if not (_SOURCE.parent / ".git").exists():
+        return None  # installed somewhere: a repository further up is not ours
     command = ["git", "-C", str(_SOURCE.parent), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, errors="replace")

@@ -145,7 +145,7 @@ class Run:
             held = read_json(folder / MANIFEST).get("paper")
             if held != paper:
                 raise RunError(f"{folder} already holds a run of {held!r}; choose another folder for {paper!r}.")
-        elif folder.exists() and (not folder.is_dir() or any(not item.name.startswith(".lock") for item in folder.iterdir())):
+        elif folder.exists() and not _is_blank(folder):
             raise RunError(f"{folder} already exists and is not a run; nothing was changed, choose another folder.")
         run = cls(make_folder(folder))
         run._take()
@@ -166,11 +166,11 @@ class Run:
 
     def _write_new_manifest(self, paper: str, facts: dict[str, Any]) -> None:
         git = provenance.commit()
-        if git["dirty"]:
-            write_text(self.folder / "uncommitted.diff", provenance.uncommitted())
-        about = {"format": 1, "run": self.folder.name, "paper": paper, "recipe": None, "created": _now(), **facts}
+        about = {"format": 1, "run": self.folder.name, "paper": paper, "recipe": None, "created": _now("seconds"), **facts}
         here = {"git": git, "packages": provenance.versions(), "machine": provenance.machine()}
         write_json(self.folder / MANIFEST, {**about, **here, "data": {}, "steps": {}, "warnings": []})
+        if git["dirty"]:
+            write_text(self.folder / "uncommitted.diff", provenance.uncommitted())
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -229,8 +229,13 @@ def _put_in_place(partial: Path, final: Path) -> None:
         partial.rename(final)
 
 
-def _now() -> str:
-    return datetime.now().astimezone().isoformat(timespec="seconds")
+def _is_blank(folder: Path) -> bool:
+    """Whether nothing but what a kill during the making of a run leaves behind lies in `folder`."""
+    return folder.is_dir() and all(item.name.startswith((".lock", f".{MANIFEST}.")) for item in folder.iterdir())
+
+
+def _now(precision: str = "milliseconds") -> str:
+    return datetime.now().astimezone().isoformat(timespec=precision)
 
 
 class Step:

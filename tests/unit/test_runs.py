@@ -117,6 +117,24 @@ def test_a_folder_that_is_something_else_is_refused_and_left_alone(begin, tmp_pa
     assert [path.name for path in other.iterdir()] == ["chapter.txt"]
 
 
+def test_a_kill_while_a_run_is_being_made_leaves_a_folder_that_can_be_used(begin, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "fsync", killed)
+        patched.setattr(os, "unlink", lambda *_: None)
+        begin(run=folder)
+    assert any(item.name.startswith(".manifest.json.") for item in folder.iterdir())
+    monkeypatch.setattr(runs, "_open_steps", [])
+    import gc
+
+    gc.collect()
+    assert begin(run=folder).run.folder == folder
+
+
 def test_a_run_of_another_paper_is_refused(begin):
     step = begin()
     finish(step)
