@@ -93,7 +93,7 @@ def figure(*needed: str) -> Callable[[Callable[..., None]], Callable[..., Pictur
             with mpl.rc_context(rules(size)):
                 picture = Picture(figsize=SIZES[size])
                 FigureCanvasAgg(picture)
-                draw(picture.add_subplot(), table.reset_index(drop=True), **options)
+                draw(picture.add_subplot(), _plain(table), **options)
             if not any(isinstance(value, pd.DataFrame) for value in options.values()):
                 picture.source = {"figure": draw.__name__, "options": options}
             return picture
@@ -101,6 +101,12 @@ def figure(*needed: str) -> Callable[[Callable[..., None]], Callable[..., Pictur
         return drawn
 
     return decorate
+
+
+def _plain(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with rows numbered and its measures as floats; None, as a single run leaves it for an interval, becomes NaN."""
+    measured = [column for column in ("mean", "low", "high", "value", "share", "reported", "threshold", "passes") if column in table]
+    return table.reset_index(drop=True).astype(dict.fromkeys(measured, float))
 
 
 def check(name: str, table: pd.DataFrame, needed: tuple[str, ...]) -> None:

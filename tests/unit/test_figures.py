@@ -39,6 +39,7 @@ TABLES = {
     "method_comparison": intervals(method=["tah", "codi"], mean=[0.8, 0.7], n=[5, 5], reported=[np.nan, 0.75]),
     "pruning": pd.DataFrame({"layer": [0, 1, 2], "delta_ppl": [500.0, 1.0, np.inf], "dropped": [False, True, False]}),
     "scaling": intervals(measure=["vote"] * 3 + ["beam"] * 2, n=[1, 4, 16, 1, 4], mean=[0.3, 0.4, 0.5, 0.3, 0.45]),
+    "thought_map": pd.DataFrame({"x": [0.0, 1.0], "y": [0.0, 1.0], "step": [0, 1], "sample": [0, 0], "correct": [True, False]}),
     "thoughts_against_gold_steps": pd.DataFrame({"gold_steps": [1, 1, 2], "thoughts": [1, 2, 2], "share": [0.5, 0.5, 1.0]}),
 }
 
@@ -92,6 +93,15 @@ def test_intervals_are_drawn_where_the_columns_say():
     assert np.allclose([segment[:, 1] for segment in segments], [[0.1, 0.25], [0.7, 0.85]])
     rows = draw("method_comparison").axes[0].collections[0].get_segments()
     assert np.allclose(sorted(tuple(segment[:, 0]) for segment in rows), [(0.6, 0.75), (0.7, 0.85)])
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_single_run_has_a_dot_and_no_interval():
+    for table in (TABLES["accuracy_against_thoughts"], TABLES["method_comparison"]):
+        alone = table.assign(low=None, high=None)
+        fig = (figures.method_comparison if "reported" in table else figures.accuracy_against_thoughts)(alone)
+        fig.canvas.draw()
+        assert len(fig.axes[0].get_lines()[0].get_xydata()) >= 1
 
 
 def test_discarded_stretches_are_grey_and_apart():
