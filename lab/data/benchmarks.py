@@ -40,6 +40,7 @@ class Benchmark:
 _TABLE = [
     Benchmark("gsm8k", "number", "tah-expr", "openai/gsm8k", "main", stems=("gsm",)),
     Benchmark("gsm8k_aug", "number", "codi", "whyNLP/gsm8k-aug", stems=("gsm", "gsm8k")),
+    Benchmark("gsm8k_aug_nl", "number", "codi", "whyNLP/gsm8k-aug-nl", stems=("gsm", "gsm8k")),
     Benchmark("gsm_hard", "number", "codi", "reasoning-machines/gsm-hard", splits={"test": "train"}, relative=1e-6),
     Benchmark("multiarith", "number", "codi", "ChilleD/MultiArith"),
     Benchmark("svamp", "number", "codi", "ChilleD/SVAMP", fields={"question": "question_concat"}),
@@ -58,6 +59,7 @@ _TABLE = [
     Benchmark("arc_c", "letter", "tah-string", "allenai/ai2_arc", "ARC-Challenge", letters="ABCDE"),
     Benchmark("aqua", "letter", "lta-aqua", "deepmind/aqua_rat", "raw", letters="ABCDE"),
     Benchmark("date_understanding", "letter", "lta-aqua", "tasksource/bigbench", "date_understanding", letters="ABCDEF", stems=("du",)),
+    Benchmark("commonsenseqa", "letter", "codi-letters", "zen-E/CommonsenseQA-GPT4omini", splits={"test": "validation"}, letters="ABCDE"),
     Benchmark("strategyqa", "yesno", "lta-strategyqa", "ChilleD/StrategyQA"),
     Benchmark("prosqa", "sentence", "coconut"),
     Benchmark("prontoqa", "truefalse", "coconut"),

@@ -33,7 +33,9 @@ class Source(Settings):
     @property
     def kind(self) -> str:
         """What `lab.data.score` should call the answers."""
-        return "sentence" if self.made else self.benchmark
+        if not self.made:
+            return self.benchmark
+        return "number" if self.benchmark == "sums" else "sentence"
 
     def train(self) -> Dataset:
         """The training problems; of a world, drawn anew for each seed and without any of the test and validation problems."""
@@ -41,7 +43,7 @@ class Source(Settings):
             return self._loaded("train", self.train_problems)
         held = {example.question for name in ("test", "validation") for example in self.held_out(name)}
         wanted, found, seed = self.train_problems or 6400, [], TRAIN_SEED + 1000 * self.seed
-        for example in self._drawn(4 * wanted + 100, seed):
+        for example in self._drawn(4 * wanted if wanted < 20000 else wanted * 5 // 4, seed):
             if example.question not in held and len(found) < wanted:
                 found.append(example)
         return Dataset(self.benchmark, "train", tuple(found), f"made here from seed {seed}")

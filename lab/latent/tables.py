@@ -17,6 +17,15 @@ def curve(folder: Path | str, value: str) -> Any:
     return pd.DataFrame([{"arm": r.get("arm", ""), "step": r["step"], "mean": r[value]} for r in rows], columns=["arm", "step", "mean"])
 
 
+def parts(folder: Path | str, names: Sequence[str], arm: str = "") -> Any:
+    """Logged components of one arm's loss, as a table of step, component, value."""
+    import pandas as pd
+
+    rows = [row for row in read_lines(Path(folder) / "metrics.jsonl") if row.get("arm", "") == arm]
+    found = [{"step": r["step"], "component": name, "value": r[name]} for r in rows for name in names if name in r]
+    return pd.DataFrame(found, columns=["step", "component", "value"])
+
+
 def found_results(trace: Any) -> list[dict[str, Any]]:
     """Share of thoughts whose first candidate, or one of the first five, is a gold intermediate result; by place, then over all."""
     from lab.view.thoughts import gold_values, is_gold
