@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from lab.data.examples import Dataset
-from lab.errors import RunError
+from lab.errors import RunError, SettingsError, unknown
+from lab.files import read_lines
 from lab.methods.latenttts import toy
 from lab.methods.latenttts.model import RewardModel
 from lab.methods.latenttts.objective import recalls
@@ -17,7 +19,8 @@ from lab.sampling.labels import Labelling, label
 from lab.sampling.pool import Pool, sample
 from lab.sampling.records import Asked, dropped_in, read_folder
 from lab.sampling.sampler import Sampler
-from lab.sampling.search import accuracy, search
+from lab.sampling.search import accuracy, search, tree_trace
+from lab.trace import Trace
 
 GENERATOR, SETS = "generator", ("train", "validation")
 
@@ -40,6 +43,30 @@ def generator(name: str, seed: int, folder: Path, steps: int, stop_at: float, lo
     model, right = toy.generator(seed, folder / "training", steps=steps, stop_at=stop_at, logger=logger)
     model.save(folder / GENERATOR, overwrite=True)
     return model.eval(), {"generator_accuracy": right}
+
+
+def generator_here(name: str, step: Any) -> LatentModel:
+    """The generator of a step's run, or the checkpoint named."""
+    import lab
+
+    return loaded(name, step.input("annotate")) if name == "toy" else lab.load(name)
+
+
+def reward_here(name: str, model: LatentModel, step: Any) -> RewardModel:
+    """The reward model of a step's run, or the checkpoint named, checked against the generator."""
+    import lab
+
+    reward = lab.load(name or step.input("train_rm") / "rm")
+    if not isinstance(reward, RewardModel):
+        raise SettingsError(f"{name!r} is a model of method {reward.method!r}, no reward model.")
+    reward.check_for(model)
+    return reward
+
+
+def check_main(main: str, made: Sequence[Sampler]) -> None:
+    """SettingsError with the closest match where `main` names none of the samplers."""
+    if main not in (labels := [sampler.label for sampler in made]):
+        raise unknown("sampler", main, labels)
 
 
 def loaded(name: str, annotated: Path) -> LatentModel:
@@ -72,6 +99,22 @@ def annotated(
         "sample_mean": float(np.mean([float(question.corrects.float().mean()) for question in pool.asked])),
         "mean_label": float(np.mean([float(question.labels.nanmean()) for question in kept])) if kept else float("nan"),
     }
+
+
+def label_table(folder: Path) -> list[dict[str, float]]:
+    """Per step: the mean label, and the share of labels strictly between 0 and 1 (the ones that teach something new)."""
+    asked = read_folder(folder)
+    rows = []
+    for step in range(max(q.thoughts.shape[1] for q in asked)):
+        values = [float(v) for q in asked if step < q.labels.shape[1] for v in q.labels[q.counts > step, step]]
+        rows.append({"thought": step + 1, "mean": float(np.mean(values)), "undecided": float(np.mean([0 < v < 1 for v in values]))})
+    return rows
+
+
+def learning_table(folder: Path) -> pd.DataFrame:
+    """The losses a step logged, for `figures.learning_curves`."""
+    rows = [row for row in read_lines(folder / "metrics.jsonl") if "loss" in row]
+    return pd.DataFrame([{"step": row["step"], "arm": "reward model", "mean": row["loss"]} for row in rows])
 
 
 def dropped_right(folder: Path, name: str) -> int:
@@ -111,23 +154,23 @@ def curve_rows(found: dict[str, Pool], reward: RewardModel | None, ns: Sequence[
 
 
 def beam_rows(
-    model: LatentModel,
-    reward: RewardModel,
-    pool: Pool,
-    grid: Sequence[tuple[int, int]],
-    folder: Path,
-    most: int = 0,
-    **how: Any,
+    model: LatentModel, reward: RewardModel | None, pool: Pool, beams: Sequence[int], budget: int, folder: Path, most: int = 0, **how: Any
 ) -> list[dict[str, Any]]:
-    """Accuracy of beam search for every (beams, candidates) on the pool's first `most` questions, over all and over the mixed ones."""
-    asked = pool.asked[: most or None]
-    sampler, told = Sampler.check(**pool.facts["sampler"]), {name: pool.facts[name] for name in ("rule", "thoughts")}
-    rows = []
-    for beams, candidates in grid:
-        lines = search(model, reward, asked, sampler, beams, candidates, folder, **told, **how)
-        rows.append({"sampler": sampler.label, **accuracy(lines, beams, candidates)})
-        if mixed := {question.number for question in asked if question.mixed}:
-            rows.append({"sampler": sampler.label, **accuracy(lines, beams, candidates, mixed)})
+    """Accuracy of beam search on the pool's first `most` questions, over all and over the mixed ones.
+
+    Args:
+        beams: how many are kept; each draws `budget` // beams candidates a step. budget: 0 searches nothing.
+    """
+    if reward is None or not budget:
+        return []
+    asked, sampler = pool.asked[: most or None], Sampler.check(**pool.facts["sampler"])
+    told, rows = {name: pool.facts[name] for name in ("rule", "thoughts")}, []
+    for kept in beams:
+        lines = search(model, reward, asked, sampler, kept, max(1, budget // kept), folder, **told, **how)
+        subsets = [None, {question.number for question in asked if question.mixed}]
+        rows += [
+            {"sampler": sampler.label, **accuracy(lines, kept, max(1, budget // kept), numbers)} for numbers in subsets if numbers != set()
+        ]
     return rows
 
 
@@ -147,6 +190,31 @@ def headline(rows: Sequence[dict], found: dict[str, Pool], scores: dict[str, Sco
         if scores.get(name) is not None and mixed > 1:
             result[name]["mixed_best_minus_vote"] = against_vote(pool, scores[name]).mean
     return result
+
+
+def shown(pool: Pool, count: int) -> list[int]:
+    """Numbers of the first mixed questions, filled up with others."""
+    order = sorted(pool.asked, key=lambda question: (not question.mixed, question.number))
+    return [question.number for question in order[:count]]
+
+
+def place(pool: Pool, number: int) -> int:
+    """Where a question stands in its pool."""
+    return next(i for i, question in enumerate(pool.asked) if question.number == number)
+
+
+def traces(found: dict[str, Pool], numbers: Sequence[int], reward: RewardModel | None, n: int) -> dict[str, Trace]:
+    """The same questions as every sampler answered them."""
+    score = None if reward is None else lambda question: reward.score([question])[0]
+    return {name: pool.trace(numbers, score, min(n, pool.n)) for name, pool in found.items()}
+
+
+def tree(folder: Path, pool: Pool, numbers: Sequence[int]) -> Trace | None:
+    """The widest recorded search that kept more than one beam, of one question; None if there is none."""
+    found = sorted(folder.glob("beams-*.jsonl"), key=lambda path: abs(int(path.stem.split("-")[1].split("x")[0]) - 4))
+    lines = {line["number"]: line for line in read_lines(found[0])} if found else {}
+    number = next((number for number in numbers if number in lines), next(iter(lines), None))
+    return None if number is None else tree_trace(lines[number], pool.asked[place(pool, number)])
 
 
 def cloud(question: Asked) -> list[dict[str, Any]]:
