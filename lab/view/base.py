@@ -4,6 +4,7 @@ import html
 import os
 import sys
 import unicodedata
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,13 @@ def direction(text: str) -> str:
     """ "rtl" where more letters of `text` run right to left than left to right, else "ltr"."""
     kinds = [unicodedata.bidirectional(one) for one in text]
     return "rtl" if sum(kind in ("R", "AL") for kind in kinds) > kinds.count("L") else "ltr"
+
+
+def runs_together(texts: Sequence[str]) -> bool:
+    """Whether tokens would read as one word: several, none with white space, and not in a script that is written so."""
+    joined = "".join(texts)
+    wide = sum(unicodedata.east_asian_width(one) in "WF" for one in joined)
+    return len(texts) > 3 and not any(one.isspace() for one in joined) and 2 * wide < len(joined)
 
 
 def number(value: float, digits: int = 3) -> str:

@@ -97,7 +97,7 @@ def channels(trace: Trace, wanted: str, only: Sequence[str] | None, clip: tuple[
             known = there or [column for column in SCHEMA["tokens"] if column in ORDER]
             raise unknown("channel with values in this trace", name, known)
     made = {name: channel(trace.tokens, name, clip if name == wanted else None) for name in (only or there)}
-    first = wanted or next(iter(made), "")
+    first = wanted or next((name for name in made if trace.tokens[name].nunique() > 1), next(iter(made), ""))
     if first and first not in made:
         made = {first: channel(trace.tokens, first, clip)} | made
     return made.get(first, Channel(first)), list(made.values())

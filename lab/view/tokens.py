@@ -12,7 +12,7 @@ import pandas as pd
 
 from lab.trace import Trace
 from lab.view import palette
-from lab.view.base import View, ansi, columns, direction, escape, number, plain, visible
+from lab.view.base import View, ansi, columns, direction, escape, number, plain, runs_together, visible
 from lab.view.channels import Channel, channels
 
 NAMES = {"prompt": "prompt", "thought": "thoughts", "answer": "answer", "special": "special", "": "text"}
@@ -78,12 +78,15 @@ class Tokens(View):
     def _block(self, sample: dict[str, Any], rows: list[dict[str, Any]], notes: dict[Any, str]) -> str:
         """One sample: its header and its spans."""
         first, scales = self.scales
-        way = direction("".join(row["text"] for row in rows))
+        texts = [row["text"] for row in rows]
+        way, apart = direction("".join(texts)), " apart" * runs_together(texts)
         drawn = [(row, token(row, following, first, scales, notes)) for row, following in zip(rows, [*rows[1:], {}], strict=True)]
         spans = "".join(
             self._span(role, list(part), way) for role, part in groupby(zip(spans_of(rows), drawn, strict=True), lambda pair: pair[0])
         )
-        return f'<article class="sample">{header(sample)}<div class="lab-strip" role="list" aria-label="tokens">{spans}</div></article>'
+        return (
+            f'<article class="sample">{header(sample)}<div class="lab-strip{apart}" role="list" aria-label="tokens">{spans}</div></article>'
+        )
 
     def _span(self, role: tuple[int, str], part: list[Any], way: str) -> str:
         drawn = [markup for _, (_, markup) in part]
@@ -104,7 +107,8 @@ class Tokens(View):
         lines = [terminal_legend(first, self.trace.tokens, color), *([plain(self.note)] if self.note else [])]
         for sample, rows in self.samples():
             lines.append(plain(f"— question {sample['question']} · sample {sample['sample']}"))
-            lines += _wrapped([_terminal_token(row, first, color) for row in rows], width)
+            apart = " " * runs_together([row["text"] for row in rows])
+            lines += _wrapped([_terminal_token(row, first, color) + apart for row in rows], width)
         return "\n".join(lines)
 
 
@@ -186,7 +190,7 @@ def header(sample: dict[str, Any]) -> str:
 
 def verdict(correct: Any) -> str:
     """A sign and a word for right and wrong, nothing where it is not known."""
-    if correct is pd.NA or correct is None:
+    if pd.isna(correct):
         return ""
     return '<span class="ok">✓ correct</span>' if correct else '<span class="wrong">✗ wrong</span>'
 

@@ -102,10 +102,10 @@ def test_unknown_or_empty_channel_is_an_error_with_the_closest():
 
 
 def test_playground_colours_are_those_of_the_seed():
-    drawn = view.tokens(make(list("abcdefg"), iterations=[1, 2, 3, 4, 5, 6, 9])).text(color=True).splitlines()[-1]
-    assert drawn == "a\x1b[32mb\x1b[0m\x1b[34mc\x1b[0m\x1b[31md\x1b[0m\x1b[35me\x1b[0m\x1b[33mf\x1b[0m\x1b[36mg\x1b[0m"
-    plain_form = view.tokens(make(list("abcdefg"), iterations=[1, 2, 3, 4, 5, 6, 9])).text(color=False).splitlines()
-    assert plain_form[-1] == "ab‹2›c‹3›d‹4›e‹5›f‹6›g‹9›" and plain_form[0].startswith("passes per token  1: 1 tokens")
+    drawn = view.tokens(make(["a", " b", *"cdefg"], iterations=[1, 2, 3, 4, 5, 6, 9])).text(color=True).splitlines()[-1]
+    assert drawn == "a\x1b[32m b\x1b[0m\x1b[34mc\x1b[0m\x1b[31md\x1b[0m\x1b[35me\x1b[0m\x1b[33mf\x1b[0m\x1b[36mg\x1b[0m"
+    plain_form = view.tokens(make(["a", " b", *"cdefg"], iterations=[1, 2, 3, 4, 5, 6, 9])).text(color=False).splitlines()
+    assert plain_form[-1] == "a b‹2›c‹3›d‹4›e‹5›f‹6›g‹9›" and plain_form[0].startswith("passes per token  1: 1 tokens")
 
 
 def test_terminal_lines_fit_and_wide_characters_count_twice():
@@ -128,6 +128,17 @@ def test_ink_stays_readable_on_every_fill():
         for hue in palette.HUES.values():
             assert palette.contrast(colours["ink"], palette.mix(hue, palette.STRENGTH[theme], colours["bg"])) >= 4.5
         assert palette.contrast(colours["soft"], colours["bg"]) >= 4.5
+
+
+def test_tokens_without_any_white_space_are_set_apart_except_where_a_script_has_none():
+    toy = view.tokens(make(["BOS", "b→g", "A", "c"], iterations=[1, 1, 2, 1]))
+    assert toy.text(color=False).splitlines()[-1].split() == ["BOS", "b→g", "A‹2›", "c"] and "lab-strip apart" in toy.html()
+    assert "lab-strip apart" not in view.tokens(make(["漢", "字", "仮", "名"], prob=[0.5] * 4)).html()
+
+
+def test_the_first_channel_is_one_that_differs():
+    assert view.tokens(make(["a", "b"], iterations=[1, 1], prob=[0.2, 0.4])).scales[0].name == "prob"
+    assert view.tokens(make(["a", "b"], iterations=[1, 1], prob=[0.2, 0.2])).scales[0].name == "iterations"
 
 
 def test_whitespace_and_empty_tokens_are_visible():
