@@ -157,6 +157,7 @@ def reinforce(
     *,
     validate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     label: str = "reinforcement",
+    trainer_class: type | None = None,
 ) -> TrainResult:
     """Trains `model` in place by GRPO; continues exactly where an earlier call in `folder` was killed.
 
@@ -167,6 +168,7 @@ def reinforce(
         rewards: function -> weight; each is called as f(prompts, completions, completion_ids, **columns, **extras) and logged by
             name; weight 0 only logs it.
         validate: as in `lab.train.fit`.
+        trainer_class: a method's own subclass of `LatentGRPOTrainer`.
 
     Raises SettingsError or DataError before anything expensive; TrainingError where the update does not repeat the rollout.
     """
@@ -186,7 +188,7 @@ def reinforce(
         job = SimpleNamespace(model=model, validate=validate, write_row=write_row, on_step=progress.at)
 
         def build() -> LatentGRPOTrainer:
-            trainer = LatentGRPOTrainer(model, thinking, prompts, columns, rewards, settings, job, folder, recovery)
+            trainer = (trainer_class or LatentGRPOTrainer)(model, thinking, prompts, columns, rewards, settings, job, folder, recovery)
             trainer.watch(ring, recovery, Detector(settings.guard, settings.warmup_steps), settings.save_every)
             return trainer
 

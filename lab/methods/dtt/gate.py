@@ -42,7 +42,7 @@ def open_probability(logit: Tensor, kind: Noise) -> Tensor:
 def gumbel_sigmoid(logit: Tensor, noise: Tensor | float, temperature: float, hard: bool) -> Tensor:
     """sigmoid((logit + noise) / temperature); where `hard`, 0 or 1 with that sigmoid's gradient."""
     soft = torch.sigmoid((logit + noise) / temperature)
-    return (soft > 0.5).to(soft) + soft - soft.detach() if hard else soft
+    return (soft > 0.5).to(soft) + (soft - soft.detach()) if hard else soft
 
 
 class Gate(nn.Module):
@@ -94,7 +94,7 @@ class SparseGate(Gate):
         if self.forced:
             return torch.full_like(logit, float(self.forced == "open"))
         if uniform is None:
-            return (open_probability(logit, self.noise) > 0.5).float()
+            return torch.where(logit.isnan(), logit, (open_probability(logit, self.noise) > 0.5).float())
         return gumbel_sigmoid(logit, noise_of(uniform, self.noise), self.temperature, self.hard)
 
 

@@ -41,7 +41,7 @@ class Marker:
     def step(self, token: Tensor, run: Tensor) -> tuple[Tensor, Tensor]:
         """(rows in which the run is complete with this token, the run each row's text now ends with)."""
         lead, tail, whole, has = self.table[token.clamp(max=len(self.table) - 1)].unbind(-1)
-        return (has > 0) | (run + lead >= self.count), torch.where(whole > 0, run + whole, tail)
+        return (has > 0) | (lead > 0) & (run + lead >= self.count), torch.where(whole > 0, run + whole, tail)
 
 
 class GatedPolicy(Policy):

@@ -1,0 +1,105 @@
+"""`CustomGRPOTrainer`: GRPO for gated models, with the gate's own credit, its statistics, and a table of examples (`dtt.md` 2.4, 2.7)."""
+
+import math
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor
+
+from lab import files
+from lab.launch import rank
+from lab.methods.dtt.reward import find_span
+from lab.trl_trainer import LatentGRPOTrainer
+
+EXAMPLES = "examples.jsonl"
+SHOWN = 8  # examples a logged step
+
+
+class CustomGRPOTrainer(LatentGRPOTrainer):
+    """TRL's GRPOTrainer with gated rollouts in this library's engine; `thinking` is a `GatedThinking`."""
+
+    def _roll_out(self, prompts: list[list[int]], trainer: Any) -> dict[str, Any]:
+        self.thinking.at(self.state.global_step / self.s.steps)
+        return super()._roll_out(prompts, trainer)
+
+    def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
+        found = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._correct = found[:, 0]
+        first = rank() * len(prompts)
+        self._note_gates(inputs, completion_ids_list, found[first : first + len(prompts)])
+        return found
+
+    def _generate_and_score_completions(self, inputs: list) -> dict[str, Any]:
+        out = super()._generate_and_score_completions(inputs)
+        if self.thinking.how.constant_groups == "drop":
+            out["advantages"] = out["advantages"] * self._varied()[rank() * len(inputs) :][: len(inputs)]
+        return out
+
+    def _varied(self) -> Tensor:
+        """(all rows,) 1 where a group's correctness is not the same for all, 0 where only penalties would tell its rows apart."""
+        groups = self._correct.view(-1, self.s.samples)
+        varied = (groups.max(1).values > groups.min(1).values).float()
+        self._metrics["train"]["groups/varied"].append(float(varied.mean()))
+        return varied.repeat_interleave(self.s.samples)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        loss = super()._compute_loss(model, inputs)
+        if self.thinking.credit == "pathwise":
+            loss = loss + self.thinking.how.weight * self.thinking.error.mean() / self.current_gradient_accumulation_steps
+        self._metrics["train"]["loss"].append(float(loss.detach()) * self.current_gradient_accumulation_steps)
+        return loss
+
+    # ---- monitoring ----
+    def _note_gates(self, inputs: list, ids: list[list[int]], rewards: Tensor) -> None:
+        """Logs gate means inside and outside the span, lengths and temperature; writes some examples down."""
+        gates, s = self._acts.extras["gates"], self.thinking.model.config
+        spans = [find_span(row, s.bot_id, s.eot_id, s.bot_in_prompt) for row in ids]
+        split = [_split(values, span) for values, span in zip(gates, spans, strict=True)]
+        numbers = {
+            "gate/mean": _mean([g for row in gates for g in row]),
+            "gate/inside": _mean([g for own, _ in split for g in own]),
+            "gate/outside": _mean([g for _, other in split for g in other]),
+            "gate/temperature": getattr(self.thinking.model.gate, "temperature", math.nan),
+            "reasoning/length": _mean([span.tokens for span in spans if span]),
+            "reasoning/well_formed": fmean(span is not None for span in spans),
+        }
+        for name, value in numbers.items():
+            self._metrics["train"][name].append(value)
+        step = self.state.global_step + 1
+        if rank() == 0 and (step % self.s.log_every == 0 or step == 1):
+            self._write_examples(step, inputs, ids, rewards, split, spans)
+
+    def _write_examples(self, step: int, inputs: list, ids: list, rewards: Tensor, split: list, spans: list) -> None:
+        decode, rows = self.processing_class.decode, []
+        for i in range(min(SHOWN, len(ids))):
+            row = {"step": step, "prompt": decode(inputs[i]["prompt"]), "completion": decode(ids[i]), "answer": inputs[i].get("answer")}
+            row |= dict(zip(self.reward_func_names, rewards[i].tolist(), strict=True))
+            row |= {"reasoning_tokens": spans[i].tokens if spans[i] else None}
+            rows.append(row | {"gate_inside": _mean(split[i][0]), "gate_outside": _mean(split[i][1])})
+        for row in rows:
+            files.append_line(Path(self.args.output_dir) / EXAMPLES, files.plain(row))
+        if self.s.report_to == "wandb":
+            _to_wandb(step, rows, self._acts.extras["gates"], [span.tokens for span in spans if span])
+
+
+def _split(gates: list[float], span: Any) -> tuple[list[float], list[float]]:
+    """Gates of the reasoning side ([bot] excluded, [eot] included) and the others."""
+    own = [g for place, g in enumerate(gates) if span and span.bot < place <= span.eot]
+    return own, [g for place, g in enumerate(gates) if not (span and span.bot < place <= span.eot)]
+
+
+def _mean(values: list[float]) -> float:
+    return fmean(values) if values else math.nan
+
+
+def _to_wandb(step: int, rows: list[dict[str, Any]], gates: list[list[float]], lengths: list[int]) -> None:
+    """Histograms of gates and lengths, and the per-example table, under the seed's names."""
+    import wandb
+
+    if wandb.run is None:
+        return
+    table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+    shown = {"train/examples": table, "train/gate_histogram_overall": wandb.Histogram([g for row in gates for g in row])}
+    shown |= {"train/reasoning_length_histogram": wandb.Histogram(lengths)} if lengths else {}
+    wandb.log(shown | {"train/step": step}, commit=False)

@@ -1,0 +1,255 @@
+"""Gated models: the update repeats the rollout, batches change nothing, LoRA with token rows, files round-trip, bad input is answered."""
+
+import json
+
+import pytest
+import torch
+
+import lab
+from lab.data.examples import Example
+from lab.errors import DataError, SettingsError, TrainingError
+from lab.latent.draws import Keyed
+from lab.latent.plan import left, right
+from lab.latent.sampling import Sampling
+from lab.methods.dtt.checkpoint import export_adapter
+from lab.methods.dtt.config import BOT, EOT, GatedSettings, LoraSettings
+from lab.methods.dtt.data import collate, prepare
+from lab.methods.dtt.data import inside as spans
+from lab.methods.dtt.model import SparseGatedModel
+from lab.methods.dtt.objective import gate_error, read
+from lab.methods.dtt.policy import Marker
+from lab.methods.dtt.reinforce import GatedThinking, GateLearning, progress_table
+from lab.methods.dtt.reward import RewardSettings, rewards_of
+from lab.models.backbones import load_backbone
+from lab.models.tokenizers import byte_tokenizer, word_tokenizer
+from lab.rl import Completions, RLSettings, gap, reinforce
+
+WORDS = ["Q", *(f"w{i}" for i in range(20)), "####"]
+PROMPTS = [[1, 2, 3, 4], [5, 6], [7, 8, 9]]
+ARCHS = ["gpt2", "llama", "qwen3"]
+GATES = [{}, {"hard": False, "temperature": 0.7}, {"noise": "gumbel"}, {"gate": "hrpo", "r_min": 0.1, "r_max": 0.5}]
+
+
+def made(arch="gpt2", spread=0.3, bias=0.0, **settings):
+    tokenizer = word_tokenizer(WORDS, special=(BOT, EOT))
+    backbone = load_backbone(f"toy:{arch}", vocab_size=len(tokenizer), initializer_range=spread, max_positions=64)
+    torch.manual_seed(0)
+    return SparseGatedModel.start(backbone, tokenizer, GatedSettings(bias=bias, **settings)).eval()
+
+
+def keys(q, n, seed=0):
+    return Keyed.of(seed, torch.arange(q).repeat_interleave(n), torch.arange(n).repeat(q))
+
+
+def acted(model, samples=4, longest=10, temperature=1.0, **how):
+    thinking = GatedThinking(model, GateLearning(**how))
+    acts = thinking.act(PROMPTS, samples, keys(len(PROMPTS), samples), temperature=temperature, longest=longest)
+    given, said = left([p for p in PROMPTS for _ in range(samples)]), right(acts.ids)
+    masks = [torch.ones_like(side.ids) if side.valid is None else side.valid.long() for side in (given, said)]
+    batch = Completions(given.ids, masks[0], said.ids, masks[1], acts.record)
+    told = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in acts.logprobs], batch_first=True)
+    return thinking, acts, batch, told
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "settings", [{}, {"hard": False, "temperature": 0.7}, {"noise": "gumbel"}, {"gate": "hrpo", "r_min": 0.1, "r_max": 0.5}]
+)
+def test_the_update_repeats_the_rollout_and_plain_embeddings_do_not(arch, settings):
+    model = made(arch, **settings)
+    thinking, _, batch, told = acted(model)
+    logps, entropy = thinking.log_probs(batch, 1.0)
+    assert gap(logps, told, batch.mask) <= 1e-4
+    plain = Completions(
+        batch.prompt, batch.prompt_mask, batch.ids, batch.mask, batch.record | {"open": torch.zeros_like(batch.record["open"])}
+    )
+    assert gap(thinking.log_probs(plain, 1.0)[0], told, batch.mask) > 0.1
+    assert (entropy[batch.mask.bool()] > 0).all()
+    logps.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.gate.parameters())
+
+
+def test_hard_gates_with_a_credit_of_their_own_repeat_too():
+    thinking, _, batch, told = acted(made(), credit="policy")
+    assert gap(thinking.log_probs(batch, 1.0)[0], told, batch.mask) <= 1e-4
+    with pytest.raises(SettingsError, match="hard gates"):
+        GatedThinking(made(hard=False), GateLearning(credit="policy"))
+
+
+def test_rows_do_not_depend_on_their_batch_and_gates_are_the_drawn_ones():
+    model = made()
+    together = model.generate(PROMPTS, 3, sampling=Sampling(temperature=1.0), max_new_tokens=8, drawn=True)
+    alone = [
+        model.generate([p], 3, sampling=Sampling(temperature=1.0), max_new_tokens=8, drawn=True, first=i) for i, p in enumerate(PROMPTS)
+    ]
+    assert [row.ids for row in together.rows] == [row.ids for one in alone for row in one.rows]
+    gates = together.trace().tokens.query("role != 'prompt'").gate
+    assert set(gates.unique()) == {0.0, 1.0}
+
+
+def test_the_gate_term_counts_eot_as_reasoning_and_leaves_the_last_token_out():
+    model = made()
+    s = model.config
+    rows = [(1, s.bot_id, 2, s.eot_id, 3, s.eos_id), (4, 5, s.eos_id)]
+    inside = spans(rows, 6, s)
+    assert inside.tolist() == [[False, False, True, True, False, False], [False] * 6]
+    mask = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
+    closed = gate_error(torch.zeros(2, 5), inside, mask)
+    torch.testing.assert_close(closed, torch.tensor([2 / 5, 0.0]))
+    torch.testing.assert_close(gate_error(torch.ones(2, 5), inside, mask), torch.tensor([3 / 5, 1.0]))
+
+
+# ---- adapters and files ----
+
+
+def test_lora_trains_the_special_rows_in_table_and_head_and_round_trips(tmp_path):
+    model = made()
+    with torch.no_grad():
+        before = model.decoder.logits(read(model, batch_of(model))).clone()
+    model.add_lora(LoraSettings(rank=2, dropout=0.0))
+    batch = batch_of(model)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(3):
+        optimiser.zero_grad()
+        model.decoder.logits(read(model, batch)).logsumexp(-1).sum().backward()
+        optimiser.step()
+    model.eval()
+    with torch.no_grad():
+        logits = model.decoder.logits(read(model, batch))
+        head = model.backbone.get_output_embeddings()(read(model, batch))
+        torch.testing.assert_close(head, logits)
+        marks = [model.config.bot_id, model.config.eot_id]
+        table = model.decoder.embed(torch.arange(logits.shape[-1]))
+        torch.testing.assert_close(read(model, batch) @ table.T, logits, atol=1e-4, rtol=1e-4)  # still tied
+        assert (table[marks] - made().decoder.embed(torch.tensor(marks))).abs().mean() > 1e-2
+        with model.adapters_off():
+            torch.testing.assert_close(model.decoder.logits(read(model, batch)), before)
+        whole, adapter = lab.load(model.save(tmp_path / "whole")), tmp_path / "adapter"
+        export_adapter(model, adapter)
+        base = made()
+        base.backbone.save_pretrained(tmp_path / "base")
+        again = lab.load(adapter, backbone=str(tmp_path / "base"), noise="logistic")
+        for other in (whole, again):
+            torch.testing.assert_close(other.decoder.logits(read(other, batch)), logits, atol=1e-5, rtol=1e-5)
+            assert other.config.bot_id == model.config.bot_id
+            for name, value in model.gate.state_dict().items():
+                torch.testing.assert_close(other.gate.state_dict()[name], value)
+
+
+def test_trl_fused_head_sees_the_gate_and_the_trained_rows():
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = made()
+    model.add_lora(LoraSettings(rank=2, dropout=0.0))
+    _, _, batch, _ = acted(model)
+    ids, mask = torch.cat((batch.prompt, batch.ids), 1), torch.cat((batch.prompt_mask, batch.mask), 1)
+    wide, record = batch.prompt.shape[1], batch.record
+
+    def padded(value):
+        return torch.cat((value.new_zeros(len(value), wide, *value.shape[2:]), value), 1)
+
+    gated = {"prev_hidden": padded(record["state"]), "gate_noise": padded(record["noise"]) + 1e-6, "gate_mask": padded(record["open"])}
+    gated["gate_noise"][:, wide:] = record["noise"]
+    add_fused_lm_head(model.backbone.get_base_model())
+    with torch.no_grad():
+        pos = (mask.cumsum(1) - 1).clamp(min=0)
+        told = model.backbone(input_ids=ids, attention_mask=mask, position_ids=pos, labels=ids, fused_lm_head=True, **gated).log_probs
+        own = GatedThinking(model, GateLearning()).log_probs(batch, 1.0)[0]
+    keep = batch.mask.bool()
+    torch.testing.assert_close(told[:, wide - 1 :][keep], own[keep], atol=1e-5, rtol=1e-5)
+
+
+def batch_of(model):
+    rows = prepare([Example("a", "w1 w2", ("w3",), "w4"), Example("b", "w5", ("w6", "w7"), "w8")], model.tokenizer, model.config).rows
+    return collate(rows, model.config)
+
+
+def test_hrpo_adapters_load_and_the_folder_says_the_temperature(tmp_path):
+    model = made("qwen3", gate="hrpo")
+    model.backbone.save_pretrained(tmp_path / "base")
+    model.add_lora(LoraSettings(rank=2, dropout=0.0))
+    torch.nn.init.normal_(next(p for n, p in model.named_parameters() if "lora_B" in n))
+    folder = export_adapter(model, tmp_path / "Toy-gsm8k-group4-lora32-rmin0.99-temp0.7")
+    keys_there = set(lab.models.loading.tensor_shapes(folder / "adapter_model.safetensors"))
+    assert "base_model.model.model.thinking_residual_Lambda.Lambda" in keys_there
+    again = lab.load(folder, backbone=str(tmp_path / "base"))
+    assert (again.config.gate, again.config.residual_temperature) == ("hrpo", 0.7)
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids, torch.ones_like(ids)), model(ids, torch.ones_like(ids)), atol=1e-5, rtol=1e-5)
+
+
+def test_the_marker_is_found_however_it_is_cut():
+    tokenizer = byte_tokenizer()
+    marker, run, seen = Marker(tokenizer, "cpu"), torch.zeros(1, dtype=torch.long), []
+    for token in tokenizer("a##b####c").input_ids:
+        found, run = marker.step(torch.tensor([token]), run)
+        seen.append(bool(found))
+    assert seen == [False] * 7 + [True, False]
+    whole = Marker(word_tokenizer(["a", "##", "x##", "####y"]), "cpu")
+    assert whole.step(torch.tensor([3]), run)[0].item()
+    _, run = whole.step(torch.tensor([2]), torch.zeros(1, dtype=torch.long))
+    assert whole.step(torch.tensor([1]), run)[0].item()
+
+
+# ---- the trainer ----
+
+SETTINGS = RLSettings(steps=3, prompts=2, samples=4, longest=8, lr=1e-3, save_every=1, log_every=1, device="cpu", loss_type="grpo")
+
+
+def trained(folder, model=None, settings=SETTINGS, **how):
+    from lab.methods.dtt.trainer import CustomGRPOTrainer
+
+    model = model or made()
+    thinking = GatedThinking(model, GateLearning(weight=0.2, **how))
+    if settings.beta:
+        thinking.hold_reference()
+    rewards = rewards_of(model.tokenizer, model.config, RewardSettings(gate_penalty_coeff=0.2))
+    columns = {"answer": ["w1", "w2", "w3"]}
+    result = reinforce(model, thinking, PROMPTS, columns, rewards, settings, folder, trainer_class=CustomGRPOTrainer)
+    return result, model
+
+
+def test_training_logs_what_the_seed_names_and_keeps_the_gap_small(tmp_path):
+    result, _ = trained(tmp_path, settings=SETTINGS.but(beta=0.01, steps=2), constant_groups="drop")
+    table = progress_table(tmp_path)
+    assert [row["step"] for row in table] == [1, 2] and all(row["gate/logp_gap"] <= 1e-4 for row in table)
+    assert table[0]["gumbel_temp_model"] == 1.0 and table[1]["gumbel_temp_model"] == pytest.approx(0.55)
+    assert all(row[name] == row[name] for row in table for name in ("reward_mean", "correctness_mean", "gate_mean_overall", "loss"))
+    examples = [json.loads(line) for line in (tmp_path / "examples.jsonl").read_text().splitlines()]
+    assert {"prompt", "completion", "correctness", "token_efficiency", "gate_sparsity", "gate_inside"} <= set(examples[0])
+    assert result.row["groups/varied"] == 0.0  # an untrained model: all are malformed, and nothing but penalties would be learned
+
+
+def test_pathwise_credit_is_the_gradient_of_the_gate_term(tmp_path):
+    model = made()
+    thinking, _, batch, _ = acted(model)
+    thinking.log_probs(batch, 1.0)
+    thinking.error.mean().backward()
+    assert model.gate.gate_linear.bias.grad.abs() > 1e-4
+    trained_gates = {}
+    for credit in ("pathwise", "none"):
+        learner = made()
+        trained(tmp_path / credit, learner, SETTINGS.but(steps=1, clip=0.0), credit=credit)
+        trained_gates[credit] = learner.gate.gate_linear.weight.detach().clone()
+    assert not torch.equal(trained_gates["pathwise"], trained_gates["none"])
+
+
+# ---- bad input ----
+
+
+def test_bad_input_is_answered_in_a_sentence(tmp_path):
+    model = made()
+    with pytest.raises(DataError, match="does not fit into the model's 64 positions"):
+        model.generate([[1] * 60], max_new_tokens=10)
+    with pytest.raises(DataError, match="longer than 2 tokens"):
+        prepare([Example("a", "w1 w2 w3", (), "w4")], model.tokenizer, model.config, max_prompt_length=2)
+    with pytest.raises(SettingsError, match="does not divide"):
+        SETTINGS.but(micro_batch=3)
+    with pytest.raises(SettingsError, match="reference"), GatedThinking(model, GateLearning()).reference():
+        pass
+    with pytest.raises(SettingsError, match="r_min"):
+        GatedSettings.check(gate="hrpo", r_min=0.9, r_max=0.5)
+    model.gate.gate_linear.weight.data.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="gates are NaN"):
+        model.generate([[1, 2]], max_new_tokens=4)
