@@ -73,7 +73,7 @@ class Samples(View):
     def text(self, width: int = 100, color: bool = True) -> str:
         lines = [plain(self.state())] if len(self.rows) else ["No samples were recorded."]
         for row in self.table().head(self.limit).to_dict("records"):
-            sign = _SIGNS.get(row["correct"] if row["correct"] is not pd.NA else None, " ")
+            sign = " " if pd.isna(row["correct"]) else _SIGNS[bool(row["correct"])]
             score = "" if row["score"] != row["score"] else f" score {number(row['score'])}"
             facts = f"gold {row['gold'] or '–'}, {row['votes']} votes{score}"
             line = f"{sign} {row['question']}/{row['sample']}  {row['answer'] or '–'}  ({facts})"
@@ -197,7 +197,7 @@ def _line(row: dict[str, Any], names: list[str]) -> str:
 
 def _cell(name: str, value: Any, row: dict[str, Any]) -> str:
     if name == "correct":
-        known = value is not pd.NA
+        known = not pd.isna(value)
         return f'<td data-v="{int(value) if known else -1}">{verdict(value)}</td>'
     if name == "text":
         return (

@@ -246,7 +246,7 @@ def _exactly(trace: Trace, samples: pd.DataFrame) -> Trace:
 
 
 def _notes(trace: Trace) -> dict[Any, str]:
-    """Per token, what its passes or its thought decode to."""
+    """Per token, what its passes or its thought decode to; where one more step than thoughts was recorded, the first is the state before."""
     notes: dict[Any, list[str]] = {}
     for row in trace.passes.to_dict("records"):
         going = "" if row["decider_prob"] != row["decider_prob"] else f", continue {number(row['decider_prob'])}"
@@ -254,7 +254,8 @@ def _notes(trace: Trace) -> dict[Any, str]:
     thoughts = {name: part.to_dict("records") for name, part in trace.thoughts.sort_values("step").groupby(SAMPLE, sort=False)}
     latent = trace.tokens[(trace.tokens["role"] == "thought") & ((trace.tokens["text"] == "") | (trace.tokens["id"] < 0))]
     for name, part in latent.sort_values("pos").groupby(SAMPLE, sort=False):
-        for pos, row in zip(part["pos"], thoughts.get(name, []), strict=False):
+        known = thoughts.get(name, [])
+        for pos, row in zip(part["pos"], known[max(0, len(known) - len(part)) :], strict=False):
             notes.setdefault((*name, pos), []).append(f"thought {row['step']}{_candidates(row)}")
     return {place: "\n".join(lines) for place, lines in notes.items()}
 
