@@ -87,10 +87,9 @@ def by_position(trace: Trace, channel: str, bins: int = 20, split: str = "none")
 
 def thought_counts(trace: Trace) -> pd.DataFrame:
     """gold_steps, thoughts, samples, share (within a number of gold steps): the table of `figures.thoughts_against_gold_steps`."""
-    taken = trace.thoughts.groupby(["question", "sample"]).size().rename("thoughts").reset_index()
-    samples = trace.samples[trace.samples["steps"].map(len) > 0].merge(taken, how="left", on=["question", "sample"])
+    samples = trace.samples[trace.samples["steps"].map(len) > 0]
     _some(samples, "gold steps")
-    samples = samples.assign(gold_steps=samples["steps"].map(len), thoughts=samples["thoughts"].fillna(0).astype(int))
+    samples = samples.assign(gold_steps=samples["steps"].map(len), thoughts=_taken(trace, samples))
     counts = samples.groupby(["gold_steps", "thoughts"]).size().rename("samples").reset_index()
     return counts.assign(share=counts["samples"] / counts.groupby("gold_steps")["samples"].transform("sum"))
 
@@ -109,6 +108,14 @@ def hard_tokens(trace: Trace, hard: Sequence[bool] | str = "hard", least: int = 
         tokens=("pos", "size"), hard_share=("hard_share", "mean"), **{name: (name, "mean") for name in measured}
     ).reset_index()
     return table[table["tokens"] >= least].sort_values(["hard_share", "tokens"], ascending=False).reset_index(drop=True)
+
+
+def _taken(trace: Trace, samples: pd.DataFrame) -> list[int]:
+    """Thoughts per sample: its `latents` where recorded, else its rows in `thoughts`."""
+    if "latents" in samples and samples["latents"].notna().all():
+        return samples["latents"].astype(int).tolist()
+    rows = trace.thoughts.groupby(["question", "sample"]).size().to_dict()
+    return [rows.get((row["question"], row["sample"]), 0) for row in samples.to_dict("records")]
 
 
 def _some(values: pd.DataFrame | pd.Series, what: str) -> None:

@@ -246,7 +246,7 @@ def _exactly(trace: Trace, samples: pd.DataFrame) -> Trace:
 
 
 def _notes(trace: Trace) -> dict[Any, str]:
-    """Per token, what its passes or its thought decode to; where one more step than thoughts was recorded, the first is the state before."""
+    """Per token, what its passes or its thought decode to; a first step beyond the number of thoughts is the state before them."""
     notes: dict[Any, list[str]] = {}
     for row in trace.passes.to_dict("records"):
         going = "" if row["decider_prob"] != row["decider_prob"] else f", continue {number(row['decider_prob'])}"

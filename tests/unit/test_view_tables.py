@@ -101,6 +101,9 @@ def test_histogram_shows_each_run_and_group_with_numbers():
 
 def test_thoughts_by_gold_steps_and_hard_tokens_are_counted():
     assert summaries.thought_counts(thinking()).to_dict("records") == [{"gold_steps": 3, "thoughts": 3, "samples": 1, "share": 1.0}]
+    counted = thinking()
+    counted = Trace.build("codi", samples=counted.samples.assign(latents=2), thoughts=counted.thoughts)
+    assert summaries.thought_counts(counted)["thoughts"].tolist() == [2]
     tokens = [{"question": 0, "pos": p, "text": "ab"[p % 2], "hard": p % 2, "ce": p} for p in range(4)]
     table = summaries.hard_tokens(Trace.build("tah", tokens=tokens))
     assert table.to_dict("list") == {"text": ["b", "a"], "tokens": [2, 2], "hard_share": [1.0, 0.0], "ce": [2.0, 1.0]}

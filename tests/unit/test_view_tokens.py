@@ -164,6 +164,13 @@ def test_spans_are_marked_and_brackets_join_their_thoughts():
     ]
 
 
+def test_the_state_before_the_first_thought_is_not_taken_for_it():
+    tokens = [{"question": 0, "pos": p, "id": -1, "text": f"[thought {p + 1}]", "role": "thought", "gate": p} for p in (0, 1)]
+    thoughts = [{"question": 0, "step": s, "top_texts": [name], "top_probs": [0.5]} for s, name in enumerate(("before", "one", "two"))]
+    page = view.tokens(Trace.build("codi", tokens=tokens, thoughts=thoughts)).html()
+    assert [label.split("\n")[-1] for label in labels(page)] == ['thought 1: "one" 0.5', 'thought 2: "two" 0.5']
+
+
 def test_long_spans_fold_and_many_samples_are_counted():
     page = view.tokens(make(["x"] * 50, prob=[0.5] * 50), fold=20).html()
     assert "<summary>30 more tokens</summary>" in page and len(labels(page)) == 50
