@@ -52,6 +52,15 @@ class Pipeline(Settings):
         return {name: parameter for name, parameter in found.items() if name not in OWN}
 
 
+class Reported(Settings):
+    """A number, or several, as a paper or its repository gives them, with the place they were seen."""
+
+    claim: str
+    setting: str = ""
+    values: dict[Any, Any] = {}
+    source: str
+
+
 class Planned(Settings):
     """A step as it will run: its line of the pipeline and the value of every parameter."""
 
@@ -109,18 +118,22 @@ def _ordered(steps: list[StepSpec]) -> list[StepSpec]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; SettingsError naming file and line if it is not one."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise SettingsError(f"There is no file {path}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
-        raise SettingsError(f"{path}, line {line}: not valid YAML ({getattr(error, 'problem', error)}).") from None
+    content = _load_yaml(path)
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: must hold `name: value` lines.")
     return content
+
+
+def _load_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise SettingsError(f"There is no file {path}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
+        raise SettingsError(f"{path}, line {line}: not valid YAML ({getattr(error, 'problem', error)}).") from None
 
 
 def recipes(paper: str) -> list[str]:
@@ -221,6 +234,18 @@ def _taking_part(planned: list[Planned]) -> list[Planned]:
         if all(values[name] == wanted for name, wanted in step.spec.when.items()):
             kept.append(step)
     return kept
+
+
+def reported(paper: str) -> list[Reported]:
+    """What `papers/<key>/reported.yaml` quotes from the paper; [] where there is no such file."""
+    path = folder(paper) / "reported.yaml"
+    lines = (_load_yaml(path) or []) if path.exists() else []
+    if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
+        raise SettingsError(f"{path}: must hold a list of lines with `claim`, `setting`, `values` and `source`.")
+    try:
+        return [Reported.check(**line) for line in lines]
+    except SettingsError as error:
+        raise SettingsError(f"{path}: {error}") from None
 
 
 def result_of(paper: str, headlines: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from lab.files import write_text
 from lab.progress import clock
 from lab.records import StepRecord, results_of
 from lab.runs import MANIFEST, Run, open_run
-from lab.tables import SEED, Row, cell_text, rows_of, table_html, table_text
+from lab.tables import SEED, Row, cell_text, number_text, rows_of, table_html, table_text
 from lab.view import palette
 
 TABLE_LIMIT = 60  # rows of a step's table that the page shows; all are in the CSV beside it
@@ -122,7 +122,19 @@ def _groups(runs: list[Run]) -> list[list[Run]]:
 def _group(runs: list[Run]) -> str:
     """The first run of a group in full, the others folded."""
     others = "".join(f"<details><summary>{_name(run)}</summary>{_run(run)}</details>" for run in runs[1:])
-    return f'<section><h2 id="{_anchor(runs[0])}">{_name(runs[0])}</h2>{_run(runs[0])}{others}</section>'
+    return f'<section><h2 id="{_anchor(runs[0])}">{_name(runs[0])}</h2>{_run(runs[0])}{others}{_reported(runs[0])}</section>'
+
+
+def _reported(run: Run) -> str:
+    """The paper's own numbers, folded: their settings are rarely those of the run above."""
+    paper = run.manifest["paper"]
+    quoted = papers.reported(paper) if paper in papers.papers() else []
+    rows = [{"claim": one.claim, "setting": one.setting, "values": _values(one.values), "source": one.source} for one in quoted]
+    return f"<details><summary>What the paper reports</summary>{table_html(rows)}</details>" if rows else ""
+
+
+def _values(values: Mapping[Any, Any]) -> str:
+    return " · ".join(f"{name} {number_text(value)}" for name, value in values.items())
 
 
 def _run(run: Run) -> str:

@@ -40,6 +40,11 @@ def test_a_recipe_fits_its_notebooks(key, recipe):
 
 
 @pytest.mark.parametrize("key", KEYS)
+def test_what_a_paper_reports_names_its_source(key):
+    assert all(line.claim and line.source for line in papers.reported(key))
+
+
+@pytest.mark.parametrize("key", KEYS)
 def test_a_sweep_names_a_recipe_and_values_it_accepts(key):
     for recipe in papers.sweeps(key):
         for name, choices in _grid(key, recipe, {}).items():

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from lab import figures, report, runs
-from lab.errors import RunError
+from lab.errors import RunError, SettingsError
 
 HOSTILE = "<script>alert(1)</script>\"'&"
 PARAMETERS = {"count": 1, "data": "", "pause_s": 0.0, "more": False, "fail": False}
@@ -59,6 +59,15 @@ def test_runs_that_differ_in_the_seed_are_one_row_with_an_interval(make, tmp_pat
 def test_a_sweeps_folder_stands_for_its_runs(make, tmp_path):
     folders = [make(seed, x=1.0) for seed in range(2)]
     assert report.expand([tmp_path]) == folders
+
+
+def test_the_papers_own_numbers_stand_beside_with_their_source(make, bench, tmp_path):
+    (bench / "papers" / "mini" / "reported.yaml").write_text("- {claim: total, values: {all: 1.5}, source: 'table 2'}\n")
+    page = report.write([make(x=1.0)], tmp_path / "r.html").read_text()
+    assert "What the paper reports" in page and "all 1.500" in page and "table 2" in page
+    (bench / "papers" / "mini" / "reported.yaml").write_text("- {claim: total}\n")
+    with pytest.raises(SettingsError, match="reported.yaml: Reported: source"):
+        report.write([make(1, x=1.0)], tmp_path / "r.html")
 
 
 def test_what_did_not_finish_is_said(make, tmp_path):
