@@ -26,14 +26,18 @@ view.explore(trace)
 NOTE = ".note"
 
 
-@pytest.fixture
-def notebook(tmp_path):
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL.strip(), metadata={"tags": ["parameters"]})])
+def written(path, code):
+    """A notebook of one cell at `path`."""
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code.strip(), metadata={"tags": ["parameters"]})])
     book.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
-    path = tmp_path / "work" / "demo.ipynb"
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     nbformat.write(book, path)
     return path
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    return written(tmp_path / "work" / "demo.ipynb", CELL)
 
 
 @pytest.fixture
@@ -118,6 +122,33 @@ def test_the_explorer_lives_in_jupyterlab(tab, jupyter):
     ground = one.page.locator(".jp-OutputArea .lab-view").evaluate("element => getComputedStyle(element).backgroundColor")
     one.shot("jupyter-dark")
     assert ground == "rgb(17, 17, 17)"
+
+
+def test_a_watched_training_is_still_there_when_one_comes_back(tab, jupyter, notebook, tmp_path):
+    folder = tmp_path / "train"
+    folder.mkdir()
+
+    def log(step):
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, "loss": 1.0 / step}) + "\n")
+
+    log(1)
+    watched = written(notebook.parent / "watched.ipynb", f"from lab import view\nview.watch({str(folder)!r}, seconds=0.5)")
+    one = tab(width=1200, offline=False)
+    one.page.goto(jupyter.replace(notebook.name, watched.name))
+    run_all(one.page)
+    one.page.get_by_text("at step 1, 1 lines logged").wait_for(timeout=90_000)
+    log(2)
+    one.page.get_by_text("at step 2, 2 lines logged").wait_for(timeout=20_000)
+    one.page.keyboard.press("Control+s")
+    one.page.locator(".jp-mod-current .jp-mod-dirty").wait_for(state="detached", timeout=20_000)
+    one.page.goto("about:blank")
+    log(3)
+    one.page.goto(jupyter.replace(notebook.name, watched.name))
+    one.page.get_by_text("at step 3, 3 lines logged").wait_for(timeout=60_000)
+    log(4)
+    one.page.get_by_text("at step 4, 4 lines logged").wait_for(timeout=20_000)
+    one.shot("jupyter-watched")
 
 
 def test_an_executed_notebook_opened_again_is_readable_though_not_trusted(tab, jupyter, notebook):
