@@ -212,7 +212,7 @@ class LatentGRPOTrainer(Guarded, GRPOTrainer):
         if step % self.s.log_every == 0 or step == self.s.steps:
             self._log_row(step, learning_rate)
         self.save_if_due(validated)
-        self.job.on_step(step, f"reward {self.last_row.get('reward', math.nan):.3g}")
+        self.job.on_step(step, f"reward {self.last_row['reward']:.3g}" if "reward" in self.last_row else "")
 
     def _log_row(self, step: int, rate: float | None) -> None:
         metrics = self._metrics["train"]

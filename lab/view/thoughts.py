@@ -144,7 +144,7 @@ def gold_values(sample: dict[str, Any]) -> set[str]:
 
 def is_gold(text: str, gold: set[str]) -> bool:
     """Whether a decoded candidate is one of the gold results, ignoring spaces, thousands separators and trailing zeros."""
-    return _normal(text) in gold
+    return _normal(re.sub(r"[<>]", "", text)) in gold
 
 
 def _normal(text: str) -> str:
