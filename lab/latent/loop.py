@@ -161,7 +161,7 @@ def read_prompt(decoder, prompt: Prompt, dropout: Callable | None = None):
 
 
 def _worth_sharing(prompt: Prompt, n: int) -> bool:
-    return n > 1 and n * prompt.x.numel() >= 300_000
+    return n > 1 and n * prompt.x.numel() >= 150_000
 
 
 @dataclass
