@@ -96,11 +96,16 @@ class Training(View):
 
 
 def training(folder: str | os.PathLike[str]) -> Training:
-    """The training whose metrics.jsonl (and divergence.jsonl) lie in `folder`, also while it runs; RunError where there is no folder."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise RunError(f"No folder {folder}; give the folder of a training step.")
-    return Training(files.read_lines(folder / METRICS), files.read_lines(folder / EVENTS), folder.name.strip("."))
+    """The training whose metrics.jsonl (and divergence.jsonl) lie in `folder`; for a run's step that still runs, in its partial folder.
+
+    Raises RunError where there is neither.
+    """
+    given = Path(folder)
+    name = given.name.removeprefix(".").removesuffix(".partial")
+    found = next((path for path in (given.with_name(f".{name}.partial"), given.with_name(name), given) if path.is_dir()), None)
+    if found is None:
+        raise RunError(f"No folder {given}; give the folder of a training step.")
+    return Training(files.read_lines(found / METRICS), files.read_lines(found / EVENTS), name)
 
 
 def _values(place: int, line: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -180,6 +180,16 @@ def test_a_training_is_read_while_it_is_written(tmp_path):
     )
 
 
+def test_a_step_is_found_while_it_runs_and_after_it_was_renamed(tmp_path):
+    partial = tmp_path / ".train1.partial"
+    partial.mkdir()
+    training_folder(partial)
+    running = view.training(tmp_path / "train1")
+    partial.rename(tmp_path / "train1")
+    finished = view.training(partial)
+    assert running.title == finished.title == "train1: training" and running.text() == finished.text()
+
+
 def test_an_empty_or_absent_training_says_so(tmp_path):
     assert "Nothing was logged yet" in view.training(tmp_path).html() and "nothing was logged" in view.training(tmp_path).text()
     with pytest.raises(RunError, match="No folder"):
