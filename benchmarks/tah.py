@@ -15,18 +15,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import DynamicCache
 
-from lab.methods.tah.config import TahConfig
+from lab.methods.tah.config import MLPSettings, TahConfig
 from lab.methods.tah.data import IGNORE
-from lab.methods.tah.deciders import Decider, Seen
+from lab.methods.tah.deciders import Decider, MLPDecider, Seen
 from lab.methods.tah.features import collect
 from lab.methods.tah.labels import statistics as label_statistics
 from lab.methods.tah.model import TahModel
 from lab.methods.tah.policy import decode
-from lab.methods.tah.training import with_mlp
 from lab.models.backbones import load_backbone
 from lab.models.pruning import drop_layers, removal_losses
 
@@ -79,17 +79,23 @@ def model_of(size: str) -> TahModel:
     return model.eval()
 
 
-def with_decider(model: TahModel, prompts: torch.Tensor) -> TahModel:
-    """The model with an untrained MLP decider shaped as in the recipes, its threshold at the rate."""
+class CostlyChance(MLPDecider):
+    """The MLP decider at work, its decisions replaced by drawn ones, so that every batch sees the same rate."""
+
+    def __init__(self, settings: MLPSettings, rate: float):
+        super().__init__(settings)
+        self.rate, self.random = rate, torch.Generator().manual_seed(0)
+
+    def again(self, seen: Seen, logit: torch.Tensor) -> torch.Tensor:
+        return torch.rand(seen.count, generator=self.random) < self.rate
+
+
+def mlp_settings(model: TahModel) -> MLPSettings:
+    """An MLP decider in the proportions of the recipes."""
     width, depth = model.config.hidden_size, model.config.num_hidden_layers
     layers = sorted({0, depth // 3, 2 * depth // 3, depth - 1})
-    deep = with_mlp(
-        model, topk=100, hidden_states_layer_nums=layers, hidden_dims=[width // 4] * 6, expansion_factor=4, dtype="float32"
-    ).eval()
-    with torch.no_grad():
-        logit = deep(prompts).decider_logit
-    deep.set_threshold(float(logit.sigmoid().quantile(1 - RATE)))
-    return deep
+    shape = {"hidden_states_size": width, "hidden_states_layer_nums": layers, "hidden_dims": [width // 4] * 6}
+    return MLPSettings.check(topk=100, max_iter=2, dtype="float32", **shape)
 
 
 @torch.no_grad()
@@ -106,18 +112,18 @@ def plain_decode(model: torch.nn.Module, prompts: torch.Tensor, tokens: int) -> 
 def bench_decode(model: TahModel, size: str, repeat: int, length: int = 64) -> None:
     for rows in (1, 4, 16):
         prompts = torch.randint(0, model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(rows))
-        listed, deep = prompts.tolist(), with_decider(model, prompts)
-        rates, steps = {}, []
+        listed, rates, steps = prompts.tolist(), {}, []
+        chance, mlp = Chance(RATE, rows), CostlyChance(mlp_settings(model), RATE).eval()
 
-        def ours(name: str, other: TahModel, decider: Decider | None, listed=listed, rates=rates) -> None:
-            done = decode(other, listed, decider=decider, max_new_tokens=length)
+        def ours(name: str, decider: Decider, listed=listed, rates=rates) -> None:
+            done = decode(model, listed, decider=decider, max_new_tokens=length)
             said = done.iterations[:, length : 2 * length - 1]
             rates[name] = float(said.float().mean()) - 1
 
         works = {
             "plain": lambda prompts=prompts, steps=steps: steps.append(plain_decode(model.backbone, prompts, length)),
-            "chance": lambda: ours("chance", model, Chance(RATE, rows)),  # noqa: B023 - called within the loop
-            "mlp": lambda: ours("mlp", deep, None),  # noqa: B023
+            "chance": partial(ours, "chance", chance),
+            "mlp": partial(ours, "mlp", mlp),
         }
         times = alternate(works, repeat)
         for name in ("chance", "mlp"):
@@ -176,12 +182,12 @@ def memory_child(size: str, which: str) -> None:
 def bench_step2(model: TahModel, size: str, repeat: int) -> None:
     batch = training_batch(model)
     examples = [{name: row.tolist() for name, row in zip(batch, rows, strict=True)} for rows in zip(*batch.values(), strict=True)]
-    deep = with_decider(model, batch["input_ids"])
+    decider = MLPDecider(mlp_settings(model)).train()
 
     def ours() -> None:
-        features = collect(deep, deep.decider, examples)
+        features = collect(model.eval(), decider, examples)
         keep = features.wanted != IGNORE
-        logit = deep.decider.train().logit(Seen(1, int(keep.sum()), features.top[keep], features.hidden[keep]))
+        logit = decider.logit(Seen(1, int(keep.sum()), features.top[keep], features.hidden[keep]))
         torch.nn.functional.binary_cross_entropy_with_logits(logit, features.wanted[keep].float()).backward()
 
     times = alternate({"plain": lambda: plain_forward(model, batch["input_ids"]), "ours": ours}, repeat)

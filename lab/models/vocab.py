@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-CPU_ELEMENTS, DEVICE_ELEMENTS = 1 << 21, 1 << 28
+CPU_ELEMENTS, DEVICE_ELEMENTS, SMALL = 1 << 21, 1 << 28, 2048
 
 
 def chunks(count: int, width: int, device: torch.device) -> Iterator[slice]:
@@ -36,7 +36,14 @@ def soft_embedding(logits: Tensor, weight: Tensor, topk: int) -> Tensor:
 
 
 def soft_embedding_of(h: Tensor, head: Tensor, table: Tensor, topk: int) -> Tensor:
-    """`soft_embedding(h @ head.T, table, topk)` without keeping logits, with sparse gradients to `h`, `head` and `table`."""
+    """`soft_embedding(h @ head.T, table, topk)` without keeping logits, with sparse gradients to `h`, `head` and `table`.
+
+    A small vocabulary is mixed by one dense product instead, which is faster there.
+    """
+    if len(head) <= SMALL:
+        values, index = (h @ head.T).topk(min(topk, len(head)), dim=-1)
+        share = values.float().softmax(-1).to(table.dtype)
+        return share.new_zeros(len(h), len(table)).scatter(1, index, share) @ table
     return _SoftEmbedding.apply(h, head, table, topk)
 
 
