@@ -75,6 +75,12 @@ class ColarModel(LatentModel):
         """The step over the backbone's weights, adapters included."""
         return decoder_for(self.backbone)
 
+    def measure(self) -> float:
+        """Sets `embeds_std` to the deviation of the embedding table as it is now, and returns it."""
+        std = float(self.backbone.get_input_embeddings().weight.detach().float().std())
+        self.settings = self.config.but(embeds_std=std).model_dump(mode="json")
+        return std
+
     def prompt(self, question: Any, speed: int | str) -> list[int]:
         """Ids of a question with its speed, without the separator, for a text, an `Example`, or ids that are read as they are."""
         if not isinstance(question, str) and not hasattr(question, "question"):

@@ -108,7 +108,7 @@ def log_probs(model: ColarModel, seen: Experience, reduction: str = "mean", temp
     latent = density.mean(-1) if reduction == "mean" else density.sum(-1)
     last = h[torch.arange(len(h), device=h.device), asked + seen.thoughts_mask.sum(1) - 1]
     states = torch.cat((last[:, None], h[:, asked + thought : -1]), 1)
-    logits = torch.log_softmax(model.decoder.logits(states).float(), -1)
+    logits = torch.log_softmax(model.decoder.logits(states).float() / temperature, -1)
     return latent, logits.gather(-1, seen.answer[..., None])[..., 0]
 
 

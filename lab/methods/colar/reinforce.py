@@ -1,0 +1,172 @@
+"""GRPO on CoLaR: thoughts and answer are acts, the update reads the stored thoughts in one pass (`colar.md` 2.6).
+
+A completion is a place-holder for each thought, the separator, the answer. A thought's log-probability is the density of its
+Gaussian, averaged over the width as published; the separator's is its share at the last thought.
+Axes: R rows, P prompt columns, C completion columns, T thoughts, D width.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lab.data.answers import strict
+from lab.data.examples import Example
+from lab.errors import SettingsError
+from lab.latent.draws import Keyed
+from lab.latent.loop import Budget, Prompt, Rollout, rollout
+from lab.latent.policy import Rows
+from lab.latent.sampling import Sampling
+from lab.methods.colar.model import ColarModel
+from lab.methods.colar.objective import Experience, log_normal, log_probs
+from lab.methods.colar.policy import ColarPolicy
+from lab.rl import Acts, Completions, RLSettings, reinforce
+from lab.train import TrainResult
+
+KEPT = ("thoughts", "logprob", "stop_prob", "density")
+
+
+class Acting(ColarPolicy):
+    """CoLaR's policy, noting the density of each thought it draws.
+
+    Args:
+        reduction: `mean` over the width (published) or `sum` (the true density).
+    """
+
+    def __init__(self, model: ColarModel, temperature: float, reduction: str):
+        super().__init__(model, Sampling(temperature=temperature), temperature, temperature)
+        self.reduction = reduction
+
+    def thought(self, rows: Rows) -> Tensor:
+        x = super().thought(rows)
+        mean, std = self.model.parts.head(rows.h, self.latent_temperature)
+        density = log_normal(x.float() / self.model.config.embeds_std, mean, std)
+        rows.note("density", density.mean(-1) if self.reduction == "mean" else density.sum(-1))
+        return x
+
+
+class ColarThinking:
+    """CoLaR's side of `lab.rl`.
+
+    Args:
+        most: thoughts at which a row is closed; that separator is not the policy's own and is left out of the update.
+        reduction: of a thought's log-density over the width: `mean` (published) or `sum`.
+    """
+
+    def __init__(self, model: ColarModel, most: int, reduction: str = "mean"):
+        if model.config.lp_deterministic:
+            raise SettingsError("This model's latent head has no deviation, so its thoughts have no probability; train one with it.")
+        if most < 1 or reduction not in ("mean", "sum"):
+            raise SettingsError(f"most = {most}, reduction = {reduction!r}: at least one thought, and mean or sum.")
+        self.model, self.most, self.reduction = model, most, reduction
+        self._held: ColarModel | None = None
+        self._active: ColarModel | None = None
+
+    def hold_reference(self) -> None:
+        """Keeps a copy of the model as it is now."""
+        self._held = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, log-probabilities are those of `hold_reference`."""
+        if self._held is None:
+            raise SettingsError("No reference is held; call hold_reference() before training.")
+        self._active = self._held
+        try:
+            yield
+        finally:
+            self._active = None
+
+    def act(self, prompts: list[list[int]], samples: int, draws: Keyed, *, temperature: float, longest: int) -> Acts:
+        """Completions of the prompts (which end with the separator); see `lab.rl.Thinking`."""
+        most = min(self.most, longest - 2)
+        if most < 1:
+            raise SettingsError(f"longest = {longest}: a completion needs room for a thought, the separator and an answer.")
+        self.model.eval()
+        policy, prompt = Acting(self.model, temperature, self.reduction), Prompt.of_ids(self.model.decoder, prompts)
+        done = rollout(
+            self.model.decoder, policy, prompt, samples, draws, budget=Budget(thoughts=most, answer=longest - most - 1), keep=KEPT
+        )
+        return self._acts(done)
+
+    def _acts(self, done: Rollout) -> Acts:
+        s, out = self.model.config, Acts([], [], [], {"written": [], "thoughts": []})
+        density, ends, said = (done.notes[name].tolist() for name in ("density", "stop_prob", "logprob"))
+        told = zip(done.answers(), done.counts.tolist(), done.capped.tolist(), done.finish.tolist(), strict=True)
+        for row, (ids, count, capped, cut) in enumerate(told):
+            answer = ids if cut else [*ids, s.eos_id]
+            end = torch.tensor(ends[row][count] if count < len(ends[row]) else 1.0).log().item()
+            out.ids.append([s.pad_id] * count + [s.sep_id, *answer])
+            out.logprobs.append([*density[row][:count], end, *said[row][: len(answer)]])
+            out.own.append([True] * count + [not capped] + [True] * len(answer))
+            out.extras["thoughts"].append(count)
+            out.extras["written"].append(self.model.tokenizer.decode(ids, skip_special_tokens=True))
+        room = self.most - done.thoughts.shape[1]
+        out.record = {"thoughts": torch.nn.functional.pad(done.thoughts, (0, 0, 0, room)), "counts": done.counts}
+        return out
+
+    def log_probs(self, batch: Completions, temperature: float) -> tuple[Tensor, Tensor]:
+        """(R, C) log-probabilities with the stored thoughts as inputs, in one pass; entropies are not computed (0)."""
+        model, counts = self._active or self.model, batch.record["counts"]
+        most = int(counts.max())
+        seen = self._experience(batch, counts, most)
+        latent, answer = log_probs(model, seen, self.reduction, temperature)
+        column = torch.arange(batch.ids.shape[1], device=counts.device)
+        thinking = column < counts[:, None]
+        at_thought = latent.gather(1, column.clamp(max=most - 1).expand_as(batch.ids))
+        at_word = answer.gather(1, (column - counts[:, None]).clamp(0, answer.shape[1] - 1))
+        logps = torch.where(thinking, at_thought, at_word)
+        return logps, torch.zeros_like(logps)
+
+    def _experience(self, batch: Completions, counts: Tensor, most: int) -> Experience:
+        wide = int((batch.mask.sum(1) - counts).max())
+        places = counts[:, None] + torch.arange(wide, device=counts.device)
+        kept = places < batch.mask.sum(1)[:, None]
+        answer = batch.ids.gather(1, places.clamp(max=batch.ids.shape[1] - 1)).masked_fill(~kept, self.model.config.pad_id)
+        live = torch.arange(most, device=counts.device) < counts[:, None]
+        thoughts = batch.record["thoughts"][:, :most].to(self.model.backbone.dtype)
+        return Experience(batch.prompt, batch.prompt_mask.bool(), thoughts, live, answer, kept)
+
+
+def rewards_of(rule: str, punish_length: bool) -> dict[Callable[..., list[float]], float]:
+    """Reward functions by weight: 1 for a right answer (divided by the number of thoughts where `punish_length`), and two only logged."""
+
+    def right(written: list[str], gold: list[str], thoughts: list[int], **_: Any) -> list[float]:
+        hits = [float(strict(text, answer, rule)[1]) for text, answer in zip(written, gold, strict=True)]
+        return [hit / count if punish_length else hit for hit, count in zip(hits, thoughts, strict=True)]
+
+    def accuracy(written: list[str], gold: list[str], **_: Any) -> list[float]:
+        return [float(strict(text, answer, rule)[1]) for text, answer in zip(written, gold, strict=True)]
+
+    def thought_count(thoughts: list[int], **_: Any) -> list[float]:
+        return [float(count) for count in thoughts]
+
+    return {right: 1.0, accuracy: 0.0, thought_count: 0.0}
+
+
+def train_rl(
+    model: ColarModel,
+    data: Sequence[Example],
+    settings: RLSettings,
+    folder: Path | str,
+    *,
+    speed: int | str = 2,
+    most: int = 64,
+    rule: str = "colar",
+    punish_length: bool = False,
+    reduction: str = "mean",
+    logger: Callable[..., None] | None = None,
+    validate: Callable[[Any], dict[str, float]] | None = None,
+) -> TrainResult:
+    """GRPO in place on `data` at one speed; a completion has room for `most` thoughts beside its answer."""
+    thinking = ColarThinking(model, most, reduction)
+    if settings.beta:
+        thinking.hold_reference()
+    prompts = [[*model.prompt(example, speed), model.config.sep_id] for example in data]
+    columns = {"gold": [example.answer for example in data]}
+    model.backbone.get_input_embeddings().weight.requires_grad_(False)
+    return reinforce(model, thinking, prompts, columns, rewards_of(rule, punish_length), settings, folder, logger, validate=validate)

@@ -1,0 +1,111 @@
+"""What the notebooks call: data, a model to train, its evaluation at every speed."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lab.data.answers import strict
+from lab.data.examples import Dataset, Example
+from lab.latent.record import Responses
+from lab.latent.sampling import Sampling
+from lab.methods.colar import toy
+from lab.methods.colar.config import ColarSettings
+from lab.methods.colar.model import ColarModel
+from lab.methods.colar.policy import PUBLISHED, generate
+from lab.stats import proportion_interval
+
+WORLD = "permutations"
+
+
+def questions(benchmark: str, split: str, count: int, seed: int, data: str = "") -> Dataset:
+    """`count` problems (0 = all) of the toy world `permutations`, or of a benchmark from the hub or local files."""
+    if benchmark == WORLD:
+        return toy.examples(split, count, seed)
+    from lab.data import load_benchmark
+
+    return load_benchmark(benchmark, split, data, limit=count or None)
+
+
+def start(backbone: str, checkpoint: str, settings: ColarSettings, seed: int, dtype: str = "float32") -> ColarModel:
+    """A model to train: a checkpoint to go on from, a toy in the toy world's vocabulary, or a hub id or folder dressed for CoLaR."""
+    import lab
+
+    if checkpoint:
+        return lab.load(checkpoint, method="colar")
+    if backbone.startswith("toy:"):
+        return toy.untrained(backbone, seed, settings)
+    from lab.models.backbones import load_backbone
+    from lab.models.tokenizers import load_tokenizer
+
+    return ColarModel.start(load_backbone(backbone, dtype=dtype), load_tokenizer(backbone), settings)
+
+
+def decoding(greedy: bool) -> dict[str, Any]:
+    """Options of `generate`: published (thoughts, end and answer are drawn), or mean thoughts, likeliest end and answer."""
+    if greedy:
+        return {"sampling": Sampling(), "latent_temperature": 0.0, "end_temperature": 0.0}
+    return {"sampling": PUBLISHED, "latent_temperature": 1.0, "end_temperature": 1.0}
+
+
+def evaluate(
+    model: ColarModel, data: Sequence[Example], speed: int | str, *, rule: str = "colar", repeats: int = 1, seed: int = 0, **options: Any
+) -> tuple[dict[str, float], Responses]:
+    """Accuracy, number of thoughts (# L) over all and over right answers, answer length and the share closed by the budget.
+
+    Args:
+        repeats: answers a question, with draws of their own (5 as published).
+        options: of `generate`; see `decoding`.
+    """
+    found = generate(model, data, repeats, speed=speed, seed=seed, **options)
+    gold = [example.answer for example in data for _ in range(repeats)]
+    right = [strict(row.text, answer, rule)[1] for row, answer in zip(found.rows, gold, strict=True)]
+    counts = [row.thoughts for row in found.rows]
+    interval = proportion_interval(sum(right), len(right))
+    on_right = [count for count, ok in zip(counts, right, strict=True) if ok]
+    return {
+        "accuracy": interval.mean,
+        "low": interval.low,
+        "high": interval.high,
+        "thoughts": statistics.fmean(counts),
+        "thoughts_right": statistics.fmean(on_right) if on_right else float("nan"),
+        "tokens": statistics.fmean(len(row.ids) for row in found.rows),
+        "capped": statistics.fmean(row.capped for row in found.rows),
+    }, found
+
+
+def table(model: ColarModel, data: Sequence[Example], speeds: Sequence[int], **options: Any) -> list[dict[str, float]]:
+    """One row a speed."""
+    return [{"speed": speed, **evaluate(model, data, speed, **options)[0]} for speed in speeds]
+
+
+def headline(rows: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """{speed: numbers} for the run's results."""
+    return {f"speed {row['speed']}": {name: row[name] for name in ("accuracy", "thoughts", "capped")} for row in rows}
+
+
+def deviation(model: ColarModel, data: Sequence[Example], speed: int = 1) -> float:
+    """The mean standard deviation of the latent head, in units of the embeddings' own, over the last prompt position of each question."""
+    import torch
+
+    from lab.latent.loop import Prompt, read_prompt
+
+    with torch.no_grad():
+        ids = [[*model.prompt(example, speed), model.config.sep_id] for example in data]
+        _, h, _ = read_prompt(model.decoder, Prompt.of_ids(model.decoder, ids))
+        return float(model.parts.head(h)[1].mean())
+
+
+def validator(data: Sequence[Example], speed: int, **options: Any) -> Callable[[ColarModel], dict[str, float]]:
+    """A function that `fit` and `reinforce` call to validate."""
+
+    def run(model: ColarModel) -> dict[str, float]:
+        row, _ = evaluate(model, data, speed, **options)
+        return {"score": row["accuracy"], "thoughts": row["thoughts"], "capped": row["capped"]}
+
+    return run
+
+
+def folder_of(run_folder: Path) -> Path:
+    """The newest model of a training step: after RL where there was one, else after SFT."""
+    return run_folder / "rl" if (run_folder / "rl").is_dir() else run_folder / "sft"
