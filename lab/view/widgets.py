@@ -6,12 +6,13 @@ a terminal show the same picture.
 
 import asyncio
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ipywidgets
 
-from lab.errors import DataError
+from lab.errors import DataError, RunError
 from lab.trace import Trace
 from lab.view.base import View, resource
 from lab.view.channels import Channel, names
@@ -128,7 +129,8 @@ class Watch(Explorer):
     async def _keep_reading(self) -> None:
         while True:
             await asyncio.sleep(self.seconds)
-            self.refresh()
+            with suppress(RunError):  # a folder that is being renamed, or gone: the last picture stays
+                self.refresh()
 
     def stop(self) -> None:
         """Ends the watching; the picture stays."""
