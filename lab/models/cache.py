@@ -67,7 +67,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, span: Span, p: float = 0.0) -> Te
         q = q.reshape(rows, heads // share, share * columns, width)
         bias = bias if bias is None or columns == 1 else bias.repeat(1, 1, share, 1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=span.causal, dropout_p=p)
-    return out.view(rows, heads, columns, width).transpose(1, 2).reshape(rows, columns, -1)
+    return out.reshape(rows, heads, columns, width).transpose(1, 2).reshape(rows, columns, -1)
 
 
 class GrowKV:
@@ -296,7 +296,7 @@ class SlotKV:
         mine, my_weight = attention_part(q, keys, values, bias)
         theirs, their_weight = self.shared.attend(layer, q)
         out = torch.lerp(theirs, mine, torch.sigmoid(my_weight - their_weight)[..., None].to(mine.dtype))
-        return out.view(rows, heads, columns, width).transpose(1, 2).reshape(rows, columns, -1)
+        return out.reshape(rows, heads, columns, width).transpose(1, 2).reshape(rows, columns, -1)
 
     def _taking(self, rows: Tensor, capacity: int) -> "SlotKV":
         stop = self.columns

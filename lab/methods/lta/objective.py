@@ -21,15 +21,28 @@ log = logging.getLogger(__name__)
 
 def loss(model: ThoughtModel, batch: ThoughtBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum and its parts: `sft`, with a block also `con` and `kl`, with several sets also `nce`."""
-    s, thoughts = model.config, model.make(batch)
+    s = model.config
+    if s.generator == "block" and model.training and (s.kl_loss_weight or s.contrastive_loss_weight):
+        return _with_block(model, batch)
+    thoughts = model.make(batch)
     sets = 1 if thoughts is None else len(thoughts) // len(batch)
     plan = batch.plan if sets == 1 else repeated(batch.plan, sets)
-    sft = plan_cross_entropy(model.decoder, plan, read_with_thoughts(model.decoder, plan, thoughts)) * sets
-    if s.generator != "block" or not model.training or not (s.kl_loss_weight or s.contrastive_loss_weight):
-        parts = {"sft": sft} | ({"nce": info_nce(thoughts.view(len(batch), sets, -1))} if sets > 1 and s.nce and model.training else {})
-        return sum(parts.values()), parts
-    anchor, steps = _anchor_and_steps(model, batch)
+    parts = {"sft": plan_cross_entropy(model.decoder, plan, read_with_thoughts(model.decoder, plan, thoughts)) * sets}
+    if sets > 1 and s.nce and model.training:
+        parts["nce"] = info_nce(thoughts.view(len(batch), sets, -1))
+    return sum(parts.values()), parts
+
+
+def _with_block(model: ThoughtModel, batch: ThoughtBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """All three losses; the block is asked once, only at the thoughts, the question and the steps."""
+    s, n = model.config, batch.slots.shape[1]
+    places, share = step_places(batch, s.focus_positions)
+    made = model.look(batch, torch.cat((batch.slots, batch.question[:, None], places), 1))
+    thoughts, anchor, steps = made[:, :n], made[:, n], share @ made[:, n + 1 :]
+    if s.focus_positions == "turn_end":
+        warn_if_dead(steps, batch.has_step)
     answer = answer_vector(model.decoder.embed(batch.answer), batch.answer_valid)
+    sft = plan_cross_entropy(model.decoder, batch.plan, read_with_thoughts(model.decoder, batch.plan, thoughts))
     parts = {
         "sft": s.sft_loss_weight * sft,
         "con": s.contrastive_loss_weight * focus(anchor, steps, batch.has_step, answer),
@@ -49,19 +62,18 @@ def counter(model: ThoughtModel) -> Callable[[ThoughtBatch], dict[str, int]]:
     return lambda batch: {name: batch.labelled if name == "sft" else len(batch) for name in names}
 
 
-def _anchor_and_steps(model: ThoughtModel, batch: ThoughtBatch) -> tuple[Tensor, Tensor]:
-    """The vector of the question (R, D) and of each step (R, S, D): at turn ends as published, or the mean over the step's tokens."""
-    if model.config.focus_positions == "turn_end":
-        ends = torch.cat((batch.question[:, None], batch.step_spans[..., 1]), 1)
-        made = model.look(batch, ends)
-        warn_if_dead(made[:, 1:], batch.has_step)
-        return made[:, 0], made[:, 1:]
-    columns = torch.arange(batch.assistant.shape[1], device=batch.assistant.device)
-    made = model.look(batch, columns.expand_as(batch.assistant))
-    start, stop = batch.step_spans[..., :1], batch.step_spans[..., 1:]
-    inside = ((columns >= start) & (columns < stop)).to(made.dtype)
-    steps = inside @ made / inside.sum(-1, keepdim=True).clamp(min=1)
-    return made[torch.arange(len(made), device=made.device), batch.question], steps
+def step_places(batch: ThoughtBatch, where: str) -> tuple[Tensor, Tensor]:
+    """Columns (R, C) to ask for the steps, and how they make up each step (R, S, C): its turn end, or the mean over its tokens."""
+    steps = batch.step_spans.shape[1]
+    if where == "turn_end":
+        one = torch.eye(steps, device=batch.slots.device)
+        return batch.step_spans[..., 1], one.expand(len(batch), -1, -1)
+    columns = torch.arange(batch.assistant.shape[1], device=batch.slots.device)
+    inside = (columns >= batch.step_spans[..., :1]) & (columns < batch.step_spans[..., 1:])
+    used = inside.any(1)
+    places = (~used).to(torch.int8).argsort(dim=1, stable=True)[:, : max(1, int(used.sum(1).max()))]
+    member = inside.gather(2, places[:, None].expand(-1, steps, -1)).float()
+    return places, member / member.sum(-1, keepdim=True).clamp(min=1)
 
 
 def warn_if_dead(steps: Tensor, valid: Tensor) -> None:
