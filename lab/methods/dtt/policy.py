@@ -1,7 +1,7 @@
 """Gated models at inference: what is read is the token just said, or the state that said it (`dtt.md` 2.3, 2.6)."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from lab.latent.loop import Budget
 from lab.latent.policy import Policy, Rows
 from lab.latent.record import Ask, Response, Responses, respond
 from lab.latent.sampling import Sampling
-from lab.methods.dtt.config import MARKER
+from lab.methods.dtt.config import BOT, EOT, MARKER
 from lab.methods.dtt.gate import residual
 from lab.methods.dtt.model import SparseGatedModel
+from lab.methods.dtt.reward import find_span
 
 
 class Marker:
@@ -90,24 +91,25 @@ class GatedPolicy(Policy):
 
 
 class GatedResponses(Responses):
-    """Answers whose tokens carry `gate` and `gate_logit`; [bot] and [eot] are marked as special."""
+    """Answers whose tokens carry `gate` and `gate_logit`; between [bot] and [eot], themselves special, they are thoughts."""
 
     def _tokens(self, row: Response):
         gates = {name: row.channels.get(name, []) for name in ("gate", "gate_logit")}
-        first, own = len(row.prompt), self.marks
+        roles, first = self._roles(row), len(row.prompt)
         for token in super()._tokens(row):
             place = token["pos"] - first
-            role = "special" if token["id"] in own and place >= 0 else token["role"]
+            role = roles.get(place, token["role"])
             read = {name: values[place] for name, values in gates.items() if 0 <= place < len(values)}
             yield token | {"role": role} | {name: read.get(name, float("nan")) for name in gates}
 
-    @property
-    def marks(self) -> set[int]:
-        """Ids of [bot] and [eot], where there are any."""
-        from lab.methods.dtt.config import BOT, EOT
-
+    def _roles(self, row: Response) -> dict[int, str]:
+        """Place in the answer -> role, of everything from [bot] to [eot]."""
         vocabulary = {} if self.tokenizer is None else self.tokenizer.get_vocab()
-        return {vocabulary[text] for text in (BOT, EOT) if text in vocabulary}
+        bot, eot = vocabulary.get(BOT, -1), vocabulary.get(EOT, -1)
+        span = find_span(row.ids, bot, eot, in_prompt=bool(row.prompt) and row.prompt[-1] == bot)
+        inside = range(span.bot + 1, span.eot) if span else ()
+        marks = {place: "special" for place, token in enumerate(row.ids) if token in (bot, eot)}
+        return dict.fromkeys(inside, "thought") | marks
 
 
 def generate(
@@ -138,8 +140,6 @@ def generate(
 
 def _with_marks(row: Response, model: SparseGatedModel) -> Response:
     """The same with [bot] and [eot] written out in its text."""
-    from dataclasses import replace
-
     return row if model.tokenizer is None else replace(row, text=model.tokenizer.decode(row.ids))
 
 

@@ -12,9 +12,12 @@ from lab.data import load_benchmark
 from lab.data.examples import Example
 from lab.data.worlds.permutations import Permutations
 from lab.errors import RunError, SettingsError
+from lab.evaluate import Decoding
+from lab.latent.sampling import Sampling
 from lab.launch import on_main
 from lab.methods.dtt.config import BOT, EOT, GatedSettings, LoraSettings
 from lab.methods.dtt.data import WrittenRow, collate, prepare
+from lab.methods.dtt.evaluate import evaluate_gated, judge
 from lab.methods.dtt.model import SparseGatedModel
 from lab.methods.dtt.objective import gated_warm_up, targets, warm_up
 from lab.methods.dtt.reinforce import GatedThinking, GateLearning
@@ -22,6 +25,7 @@ from lab.methods.dtt.reward import RewardSettings, rewards_of
 from lab.models.backbones import load_backbone
 from lab.models.layouts import load
 from lab.models.tokenizers import load_tokenizer, word_tokenizer
+from lab.optim import Group
 from lab.rl import RLSettings, reinforce
 from lab.train import TrainSettings, fit
 
@@ -108,23 +112,33 @@ def run_arm(
     rewards: dict[str, Any],
     gate: dict[str, Any],
     lora: dict[str, Any] | None = None,
+    lr_gate: float = 2e-2,
+    lr_lambda: float = 1e-3,
+    gated: dict[str, Any] | None = None,
     rows: int = 0,
     seed: int = 0,
     data: str = "",
     max_prompt_length: int = 512,
 ) -> dict[str, Any]:
-    """GRPO of one arm (see `ARMS`) from the checkpoint `model` to `folder`/<arm>; plain arguments, so that processes can share it."""
+    """GRPO of one arm (see `ARMS`) from the checkpoint `model` to `folder`/<arm>; plain arguments, so that processes can share it.
+
+    Args:
+        model: a checkpoint of a gated model in any layout; or, with settings `gated`, a plain backbone that gets a gate.
+        rl: of `RLSettings`. rewards: of `RewardSettings`. gate: of `GateLearning`. lora: of `LoraSettings`.
+        lr_gate, lr_lambda: learning rates of the gate, and of HRPO's Lambda; all else learns at the rate in `rl`.
+    """
     from lab.methods.dtt.trainer import CustomGRPOTrainer
 
     if arm not in ARMS:
         raise SettingsError(f"There is no arm {arm!r}; choose among {', '.join(ARMS)}.")
     chosen, settings, reward = dict(ARMS[arm]), RLSettings.check(**rl), RewardSettings.check(**rewards)
-    learner = load(model, dtype="float32", **({} if Path(model, "lab.json").is_file() else {"method": "dtt"}))
+    learner = load(model, dtype="float32") if gated is None else fresh(model, benchmark, gated, seed)
     learner.gate.forced = chosen.pop("forced", "")
     learner.settings = learner.config.but(forced=learner.gate.forced).model_dump(mode="json")
     if lora and lora.get("rank"):
         learner.add_lora(LoraSettings.check(**lora))
     thinking = GatedThinking(learner, GateLearning.check(**gate, **chosen, weight=reward.gate_penalty_coeff))
+    settings = settings.but(groups=[Group(match=name, lr=rate) for name, rate in _rates(learner, lr_gate, lr_lambda)])
     if settings.beta:
         thinking.hold_reference()
     asked = examples(benchmark, "train2", rows, seed, data)
@@ -152,6 +166,13 @@ def run_arm(
     }
 
 
+def _rates(model: SparseGatedModel, gate: float, lam: float) -> list[tuple[str, float]]:
+    """Names and learning rates of the gate's own weights."""
+    if model.config.gate == "hrpo":
+        return [("thinking_residual_gate", gate), ("thinking_residual_Lambda", lam)]
+    return [("gate_linear", gate)]
+
+
 def _largest_gap(folder: Path) -> float:
     gaps = [row["logp_gap"] for row in files.read_lines(folder / "metrics.jsonl") if "logp_gap" in row]
     return max(gaps, default=float("nan"))
@@ -163,3 +184,36 @@ def model_of(folder: Path, arm: str) -> Path:
         there = sorted(path.name for path in folder.iterdir() if (path / "lab.json").is_file())
         raise RunError(f"{folder} holds no arm {arm!r}; it has {', '.join(there) or 'none'}.")
     return folder / arm
+
+
+def evaluate_arms(
+    trained: Path, start: Path, folder: Path, benchmark: str, count: int, how: dict[str, Any], seed: int = 0, data: str = "", **options: Any
+) -> dict[str, dict[str, Any]]:
+    """{arm: numbers} of the warmed-up model `start`/model and of every arm in `trained`, on the same test questions.
+
+    Args:
+        how: of `Decoding`. options: of `evaluate_gated`.
+    """
+    asked = examples(benchmark, "test", count, seed, data)
+    there = {"warm_up": start / "model"} | {arm: trained / arm for arm in ARMS if (trained / arm).is_dir()}
+    decoding, table = Decoding.check(**how), {}
+    for arm, path in there.items():
+        table[arm] = evaluate_gated(load(path), asked, benchmark, folder / arm, decoding, label=arm, **options)
+    return table
+
+
+def differences(table: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """What the claim is about, of the pathwise arm and beside it: accuracy kept, gates inside and outside, shorter reasoning."""
+    names = {"accuracy": "accuracy", "inside": "avg_gate_inside", "outside": "avg_gate_outside", "steps": "avg_latent_steps"}
+    flat = {f"{arm}_{short}": row[name] for arm, row in table.items() for short, name in names.items()}
+    if {"warm_up", "pathwise"} <= table.keys():
+        flat |= {"accuracy_change": flat["pathwise_accuracy"] - flat["warm_up_accuracy"]}
+        flat |= {"steps_change": flat["pathwise_steps"] - flat["warm_up_steps"]}
+    return flat
+
+
+def trace_of(path: Path, questions: Sequence[Example], seed: int, max_new_tokens: int, temperature: float, drawn: bool):
+    """The trace of a checkpoint's answers, judged; `seed` keys the draws."""
+    model = load(path)
+    answers = model.generate(questions, sampling=Sampling(temperature=temperature), max_new_tokens=max_new_tokens, seed=seed, drawn=drawn)
+    return answers.trace(questions, lambda text, gold: judge(text, Example("", "", (), gold), "", model.config.gate))

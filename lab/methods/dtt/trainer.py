@@ -1,5 +1,6 @@
 """`CustomGRPOTrainer`: GRPO for gated models, with the gate's own credit, its statistics, and a table of examples (`dtt.md` 2.4, 2.7)."""
 
+import logging
 import math
 from pathlib import Path
 from statistics import fmean
@@ -14,6 +15,11 @@ from lab.trl_trainer import LatentGRPOTrainer
 
 EXAMPLES = "examples.jsonl"
 SHOWN = 8  # examples a logged step
+NEVER = (
+    "No completion of the first step is [bot] … [eot] answer: every correctness is the malformed one, so nothing but the penalties "
+    "would be learned. Warm the model up on that format first (step warm_up), or put [bot] into the prompt (bot_in_prompt)."
+)
+log = logging.getLogger(__name__)
 
 
 class CustomGRPOTrainer(LatentGRPOTrainer):
@@ -67,6 +73,8 @@ class CustomGRPOTrainer(LatentGRPOTrainer):
         for name, value in numbers.items():
             self._metrics["train"][name].append(value)
         step = self.state.global_step + 1
+        if step == 1 and s.gate == "dtt" and not any(spans):
+            log.warning(NEVER)
         if rank() == 0 and (step % self.s.log_every == 0 or step == 1):
             self._write_examples(step, inputs, ids, rewards, split, spans)
 

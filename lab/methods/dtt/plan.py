@@ -1,0 +1,73 @@
+"""A recipe's parameters as settings, and what a dry run tells; no weights, no data."""
+
+import math
+from typing import Any
+
+from lab.errors import SettingsError
+from lab.methods.dtt.config import GatedSettings
+
+Values = dict[str, Any]
+
+
+def gated_settings(v: Values) -> Values:
+    """The `GatedSettings` of a warm-up step's parameters, as plain values."""
+    names = ("gate", "noise", "hard", "temperature", "bias", "bot_in_prompt", "r_min", "r_max", "residual_temperature")
+    return GatedSettings.check(**{name: v[name] for name in names}).model_dump(exclude_defaults=True)
+
+
+def warm_up_training(v: Values) -> dict[str, Values]:
+    """`training` and `gated_training` of `run_warm_up`, each empty where it has no steps."""
+    names = ("global_batch", "micro_batch", "weight_decay", "bf16", "save_every", "seed")
+    shared = {name: v[name] for name in names} | {"order": "as_given", "schedule": "cosine", "log_every": 50}
+
+    def of(steps: int, lr: float) -> Values:
+        return shared | {"steps": steps, "lr": lr, "warmup_steps": min(v["warmup_steps"], steps // 2)} if steps else {}
+
+    return {"training": of(v["steps"], v["lr"]), "gated_training": of(v["gated_steps"], v["gated_lr"])}
+
+
+def rl_arguments(v: Values, model: str) -> Values:
+    """The arguments of `run_arm` of a train step's parameters; `model` is the checkpoint it starts from."""
+    same = ("prompts", "samples", "longest", "iterations", "schedule", "betas", "clip", "beta", "epsilon", "loss_type", "scale_rewards")
+    other = {"steps": "rl_steps", "micro_batch": "rl_micro_batch", "temperature": "sampling_temperature", "lr": "lr_body"}
+    other |= {"warmup_steps": "rl_warmup_steps", "weight_decay": "rl_weight_decay"}
+    rl = {name: v[name] for name in (*same, "save_every", "bf16", "report_to", "log_every", "seed")}
+    rl |= {ours: v[name] for ours, name in other.items()}
+    return {
+        "model": model,
+        "benchmark": v["benchmark"],
+        "rl": rl,
+        "rewards": {name: v[name] for name in ("lambda_penalty", "gate_penalty_coeff", "malformed")},
+        "gate": {name: v[name] for name in ("constant_groups", "anneal", "min_temperature")},
+        "lora": {"rank": v["lora_rank"], "alpha": v["lora_alpha"], "dropout": v["lora_dropout"]},
+        "lr_gate": v["lr_gate"],
+        "lr_lambda": v["lr_lambda"],
+        "rows": v["train_rows"],
+        "seed": v["seed"],
+        "data": v["data"],
+        "max_prompt_length": v["max_prompt_length"],
+    }
+
+
+def describe(settings: dict[str, Values]) -> Values:
+    """Parameters of backbone, projection and gate; optimizer steps, completions and rollouts ({step: parameters})."""
+    warm, train = settings["warm_up"], settings["train"]
+    gated_settings(warm)
+    found: Values = {"warm-up steps": warm["steps"], "gated warm-up steps": warm["gated_steps"]}
+    if not warm["backbone"].startswith("toy:") or warm["benchmark"] != "permutations":
+        found |= _counts(warm)
+    found |= {"updates of an arm": train["rl_steps"], "completions a step": train["prompts"] * train["samples"]}
+    found["rollouts of an arm"] = math.ceil(train["rl_steps"] / train["iterations"])
+    return found
+
+
+def _counts(v: Values) -> Values:
+    from lab.models.plan import parameter_counts, planned_config
+
+    try:
+        width = planned_config(v["backbone"]).hidden_size
+        total = parameter_counts(v["backbone"])["total"]
+    except SettingsError:
+        return {}
+    gate = {"projection": width * width, "gate": width + 1} if v["gate"] == "dtt" else {"gate": 2 * (width * width + width) + width}
+    return {"backbone parameters": total, **{f"{name} parameters": count for name, count in gate.items()}}
