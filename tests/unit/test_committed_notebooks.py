@@ -32,6 +32,12 @@ def test_no_outputs_are_committed(path):
     assert content["metadata"]["kernelspec"]["name"] == "python3"
 
 
+def test_the_index_lists_it(path):
+    folder = ROOT / "notebooks"
+    if folder in path.parents:
+        assert f"({path.relative_to(folder)})" in (folder / "README.md").read_text(), "run: python benchmarks/index.py"
+
+
 def test_the_first_cells_are_title_parameters_and_set_up(path):
     title, parameters, setup, *_ = cells(path)
     assert title["cell_type"] == "markdown" and source(title).startswith("# ") and len(source(title).splitlines()) > 1
