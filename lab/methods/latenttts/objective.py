@@ -12,6 +12,7 @@ from lab.errors import DataError
 from lab.latent.loop import Prompt
 from lab.methods.latenttts.config import RewardTraining
 from lab.methods.latenttts.model import RewardModel
+from lab.sampling.curves import powers
 from lab.sampling.records import Asked
 from lab.sampling.reward import step_loss
 from lab.sampling.votes import best
@@ -78,14 +79,14 @@ class RewardLoss:
 
 
 def recalls(model: RewardModel, asked: Sequence[Asked], dropped_right: int = 0) -> dict[str, float]:
-    """`test_n_{N}_recall_at_1`: best-of-N accuracy, the dropped all-correct questions counted as right; for every power of two up to N.
+    """`test_n_{N}_recall_at_1`: best-of-N accuracy, the dropped all-correct questions counted as right; for every power of two up to N and for N.
 
     Further `recall_at_8`, as the released code counts it: the mean number of correct samples among the eight best.
     """
     scores = [steps.nansum(-1) for steps in model.score(asked)]
     most, whole = len(asked[0].corrects), len(asked) + dropped_right
     found = {}
-    for n in (1 << i for i in range(most.bit_length()) if 1 << i <= most):
+    for n in powers(most):
         right = sum(bool(q.corrects[best(q.corrects[:n].tolist(), s[:n].tolist())]) for q, s in zip(asked, scores, strict=True))
         found[f"test_n_{n}_recall_at_1"] = (right + dropped_right) / whole
     among = [float(q.corrects[s.topk(min(8, most)).indices].float().sum()) for q, s in zip(asked, scores, strict=True)]
