@@ -155,3 +155,17 @@ def test_evaluation_counts_both_ways():
     assert table["thoughts"] == 2 and table["length"] == 4 and table["bad_format"] == 0
     swept = report.by_count(model, toy.examples(3, 2), [0, 1], max_new_tokens=6)
     assert [row["thoughts"] for row in swept] == [0, 1]
+
+
+def test_rows_and_batches_without_thoughts_are_learned_from_all_the_same():
+    model = fresh()
+    distil = Distil(factor=1, bias=-1, weight_mean=2.0, distance="smooth_l1", scale="layerwise_std")
+    rows = prepare(toy.examples(16, 1), Writer(model.tokenizer, model.config, distil)).rows
+    none = [pair for pair in rows if pair[1].thoughts == 0]
+    loss, count = SFT(distil), SFT(distil).count
+    assert 0 < len(none) < len(rows) and count(batch_of(rows))["mean_reasoning"] == len(rows) - len(none)
+    for chosen in (rows, none):
+        value, parts = loss(model, batch_of(chosen))
+        value.backward()
+        assert value.isfinite() and parts["student_ce"] > 0
+    assert float(loss(model, batch_of(none))[1]["mean_reasoning"]) == 0 and count(batch_of(none))["mean_reasoning"] == 0

@@ -72,7 +72,7 @@ class SFT:
         if self.distil.weight_codi:
             found["codi"] = len(batch)
         if self.distil.weight_mean:
-            found["mean_reasoning"] = len(batch) if self.distil.compat else int(batch.teacher.reasoning.any(1).sum())
+            found["mean_reasoning"] = len(batch) if self.distil.compat else int(_comparable(batch).sum())
         return found
 
     @torch.no_grad()
@@ -96,7 +96,7 @@ class SFT:
         if self.distil.weight_mean:
             mask = batch.teacher.reasoning
             written = torch.stack([mean_over(after, mask) for _, _, after in taps.values()])
-            found.append(("mean_reasoning", written, None if self.distil.compat else mask.any(1)))
+            found.append(("mean_reasoning", written, None if self.distil.compat else _comparable(batch)))
         return found
 
     def _compared(self, batch: Pair, passes: Any) -> list[tuple[str, float, Kept]]:
@@ -127,6 +127,12 @@ class SFT:
                 return student.sum() * 0
             student, teacher = student[:, keep], teacher[:, keep]
         return (distance(student, teacher, self.distil.distance) / (scale + (EPS if self.distil.scale != "none" else 0.0))).mean()
+
+
+def _comparable(batch: Pair) -> Tensor:
+    """(R,) rows that have both written reasoning and thoughts, so that their means can be compared."""
+    mask = batch.teacher.reasoning.any(1)
+    return mask & (batch.student.counts.to(mask.device) > 0)
 
 
 def _over_processes(states: Tensor) -> Tensor:

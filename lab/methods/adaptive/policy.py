@@ -1,5 +1,6 @@
 """Adaptive thinking at inference: the two-way head goes on or stops, END is read, the vocabulary head answers (distill.md 2B.6)."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from lab.latent.sampling import Sampling, draw
 from lab.methods.adaptive.config import COLON, MARKER
 from lab.methods.adaptive.data import Writer
 from lab.methods.adaptive.model import AdaptiveModel, Thinker
+
+log = logging.getLogger(__name__)
 
 CHANNELS = ("stop_prob",)
 
@@ -128,6 +131,8 @@ def generate(
         compat: the official behaviour: no "Question: " before the question, several thoughts, unused ids allowed.
     """
     s = model.config
+    if note := warning(model, thoughts):
+        log.warning(note)
     count = thoughts if thoughts is not None or s.head_trained is not False else s.fixed_count
     if count is not None and count < 0:
         raise SettingsError(f"thoughts = {count}: it must be 0 or more.")
