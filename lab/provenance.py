@@ -103,7 +103,8 @@ def peak_memory_mib() -> dict[str, float]:
 def imported_code() -> dict[str, str]:
     """{path below the package: content hash} of every file of `lab` this process has imported, bar those that only carry runs."""
     modules = [module for name, module in list(sys.modules.items()) if name.split(".")[0] == "lab"]
-    names = {str(Path(file).relative_to(_SOURCE)) for module in modules if (file := getattr(module, "__file__", None))}
+    files = [Path(file) for module in modules if (file := getattr(module, "__file__", None))]
+    names = {str(file.relative_to(_SOURCE)) for file in files if file.is_relative_to(_SOURCE)}
     return {name: file_digest(_SOURCE / name) for name in sorted(names - _PLUMBING)}
 
 

@@ -95,6 +95,9 @@ def test_a_dry_run_asks_the_methods_own_plan(bench, monkeypatch, capsys, tmp_pat
     import lab.methods
 
     monkeypatch.setattr(lab.methods, "__path__", [*lab.methods.__path__, str(package.parent)])
+    for name in ("lab.methods.mini", "lab.methods.mini.plan"):
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, name)  # so that what is imported now is forgotten afterwards
     status, out, _ = call(monkeypatch, capsys, "run", "mini", "--dry-run", "--json")
     assert status == 0 and json.loads(out)["details"] == {"optimizer steps": 40}
 
