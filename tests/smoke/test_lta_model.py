@@ -8,6 +8,7 @@ import lab
 from lab.data.examples import Example
 from lab.errors import CheckpointError, SettingsError
 from lab.latent.sampling import Sampling
+from lab.methods.lta import objective
 from lab.methods.lta.checkpoint import export_official
 from lab.methods.lta.config import LtaSettings
 from lab.methods.lta.model import ThoughtModel
@@ -60,6 +61,7 @@ def test_hiding_the_solution_is_the_same_as_not_showing_it():
 
 
 def test_the_repaired_focus_loss_has_a_gradient_and_the_published_one_has_none(caplog):
+    objective._warned.clear()
     sizes = {}
     for where in ("step_mean", "turn_end"):
         m = model(focus_positions=where, gold_steps="visible").train()

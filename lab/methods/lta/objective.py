@@ -40,7 +40,7 @@ def _with_block(model: ThoughtModel, batch: ThoughtBatch) -> tuple[Tensor, dict[
     made = model.look(batch, torch.cat((batch.slots, batch.question[:, None], places), 1))
     thoughts, anchor, steps = made[:, :n], made[:, n], share @ made[:, n + 1 :]
     if s.focus_positions == "turn_end":
-        warn_if_dead(steps, batch.has_step)
+        warn_if_dead(steps.detach(), batch.has_step)
     answer = answer_vector(model.decoder.embed(batch.answer), batch.answer_valid)
     sft = plan_cross_entropy(model.decoder, batch.plan, read_with_thoughts(model.decoder, batch.plan, thoughts))
     parts = {
@@ -77,12 +77,16 @@ def step_places(batch: ThoughtBatch, where: str) -> tuple[Tensor, Tensor]:
 
 
 def warn_if_dead(steps: Tensor, valid: Tensor) -> None:
-    """Says so where the steps of a row are one and the same vector, so that the focus loss has no gradient (`lta.md` 7.1)."""
-    if valid.shape[1] < 2:
+    """Says so, once, where the steps of a row are one and the same vector: then the focus loss has no gradient (`lta.md` 7.1)."""
+    if _warned or valid.shape[1] < 2:
         return
     both = valid[:, 0] & valid[:, 1]
     if bool(both.any()) and float(F.cosine_similarity(steps[both, 0], steps[both, 1], dim=-1).min()) > 0.9999:
+        _warned.append(True)
         log.warning("All steps have the same vector, so the focus loss has no gradient; use focus_positions = 'step_mean'.")
+
+
+_warned: list[bool] = []
 
 
 def info_nce(sets: Tensor, keep: Tensor | None = None, scale: float = 20.0) -> Tensor:
