@@ -306,3 +306,54 @@ def test_distances_and_scales():
     with pytest.raises(SettingsError, match="smooth_l1"):
         distance(student, teacher, "smooth_l2")
     assert CodiSettings(distill_loss_factor=20.0).effective_weight(16) == pytest.approx(20 / 17)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_half_precision(arch: str):
+    """Under autocast, and with a backbone in bfloat16 beside the float32 projection, which the official code cannot do."""
+    model = fresh(arch)
+    batch = collate_pairs(rows(model))
+    want = loss(model, batch)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value, _ = loss(model, batch)
+    value.backward()
+    assert value.item() == pytest.approx(want.item(), rel=0.02)
+    model.backbone.to(torch.bfloat16)
+    assert model.parts.prj[1].weight.dtype == torch.float32
+    assert generate(model, ["1+1?", "and 22+1?"], max_new_tokens=3).rows[1].thoughts == 3
+
+
+def test_written_answers_come_from_the_same_weights():
+    model = fresh()
+    written = generate(model, ["1+1?"], max_new_tokens=4, written=True).rows[0]
+    assert written.thoughts == 0 and written.prompt == generate(model, ["1+1?"], max_new_tokens=1).rows[0].prompt[:-1]
+
+
+@pytest.mark.parametrize("arm", ["codi", "no_distillation", "no_cot", "cot"])
+def test_arms_train_validate_and_stop(arm: str, tmp_path: Path):
+    from lab.methods.codi.train import arm_settings, train
+    from lab.train import TrainSettings
+
+    tokenizer = byte_tokenizer()
+    model = CodiModel.start(load_backbone("toy:gpt2-micro", vocab_size=320), tokenizer, arm_settings(arm, CodiSettings(**SMALL)))
+    examples = [Example(str(i), f"{i}+1?", (f"<<{i}+1={i + 1}>>", "<<1=1>>"), str(i + 1)) for i in range(8)]
+    kept = prepare(examples, tokenizer, model.config).rows
+    log = []
+    how = TrainSettings(steps=3, global_batch=4, micro_batch=2, lr=1e-3, save_every=0, eval_every=2, log_every=1)
+    found = train(model, kept, how, tmp_path, lambda **row: log.append(row), arm=arm, held_out=kept[:3])
+    assert found.steps == 3 and all(0 <= row["eval_score"] <= 1 for row in log if "eval_score" in row)
+    last = [row for row in log if "loss" in row][-1]
+    assert ("distill" in last) == (arm in ("codi", "no_distillation")) and ("ce" in last) == (arm != "cot")
+
+
+def test_losses_do_not_depend_on_the_micro_batch_without_distillation(tmp_path: Path):
+    from lab.methods.codi.train import train
+    from lab.train import TrainSettings
+
+    weights = []
+    for micro in (2, 4):
+        model = fresh(distill_loss_factor=0.0)
+        how = TrainSettings(steps=2, global_batch=4, micro_batch=micro, lr=1e-3, save_every=0)
+        train(model, rows(model, count=8), how, tmp_path / str(micro))
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*weights, atol=2e-6, rtol=1e-4)
