@@ -287,7 +287,9 @@ def _key(values: list[Any]) -> pd.Series:
         raise ValueError("a question is named by a number or a string")
     if all(isinstance(value, int | np.integer) and not isinstance(value, bool) for value in values):
         return pd.Series(values, dtype=np.int64)
-    return _text(values)
+    names = _text(values)
+    "".join(names).encode()  # a name that is no Unicode text (UnicodeEncodeError is a ValueError) could not be sorted or grouped
+    return names
 
 
 def _int(values: list[Any]) -> pd.Series:

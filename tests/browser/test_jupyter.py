@@ -62,7 +62,10 @@ def jupyter(notebook, tmp_path):
         yield f"http://127.0.0.1:{port}/lab/tree/{notebook.name}?token=only-here"
     finally:
         server.terminate()
-        server.wait(20)
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
 def _wait_for(address, server, log, seconds=90):

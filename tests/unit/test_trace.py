@@ -15,7 +15,7 @@ from lab.trace import KEYS, SCHEMA, Trace
 anything = st.text(st.characters(codec=None), max_size=8)
 number = st.floats(width=64)
 probability = st.one_of(st.none(), st.just(math.nan), st.floats(0, 1))
-key = st.fixed_dictionaries({"question": st.one_of(st.integers(0, 3), anything), "sample": st.integers(0, 2)})
+key = st.fixed_dictionaries({"question": st.one_of(st.integers(0, 3), st.text(max_size=4)), "sample": st.integers(0, 2)})
 
 
 def top(draw):
@@ -134,6 +134,7 @@ def test_concat_keeps_what_all_agree_on_and_refuses_the_rest():
         ({"thoughts": [{"question": 0, "step": 0, "top_texts": "abc"}]}, "thoughts.top_texts, row 0: 'abc' is not a list"),
         ({"samples": [{"question": 0, "correct": "yes"}]}, "samples.correct, row 0: 'yes' is not true or false"),
         ({"samples": [{"question": None}]}, "samples.question, row 0"),
+        ({"samples": [{"question": 1}, {"question": "\ud800"}]}, "samples.question, row 1"),
         ({"meta": {"when": object()}}, "plain JSON"),
     ],
 )
