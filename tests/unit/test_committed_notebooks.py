@@ -49,6 +49,14 @@ def test_every_parameter_says_what_it_means(path):
     assert [name for name, parameter in parameters_of(path).items() if not parameter.meaning] == []
 
 
+def test_papermills_own_help_reads_every_parameter(path):
+    from papermill.inspection import _infer_parameters
+    from papermill.iorw import load_notebook_node
+
+    found = _infer_parameters(load_notebook_node(str(path)), name="python3", language="python")
+    assert {parameter.name for parameter in found} == set(parameters_of(path)), "a second = in the line, also in the comment, hides it"
+
+
 def test_cells_call_and_show(path):
     for cell in cells(path, "code"):
         if TAG in cell["metadata"].get("tags", []):
