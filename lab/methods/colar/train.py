@@ -93,18 +93,23 @@ def train(
     logger: Callable[..., None] | None = None,
     *,
     factors: Sequence[int] = (),
+    frozen_table: bool = True,
     validate: Callable[[Any], dict[str, float]] | None = None,
     label: str = "CoLaR",
 ) -> TrainResult:
-    """Trains in place; `factors` () draws from 1 to the model's largest. The order of rows is this module's own.
+    """Trains in place; with LoRA the adapters and the latent head learn, without it the whole backbone. The order of rows is our own.
 
-    With LoRA the adapters and the latent head learn; without it the whole backbone does.
+    Args:
+        factors: compression factors to draw from, () = 1 to the model's largest.
+        frozen_table: keep the input embeddings as they are, so that the latent head's targets do not move.
     """
     s = model.config
     chosen = list(factors) or list(range(1, s.max_compression_factor + 1))
     if bad := [factor for factor in chosen if not 1 <= factor <= s.max_compression_factor]:
         raise SettingsError(f"Compression factor {bad[0]}: this model has prompts for 1 to {s.max_compression_factor}.")
     steps = settings.total(len(rows))
+    if frozen_table:
+        model.backbone.get_input_embeddings().weight.requires_grad_(False)
     data = Batches(rows, steps, settings.global_batch, chosen, settings.seed)
     used = {"ce", "latent", "entropy"} | ({"forward"} if s.pred_embed_forward_weight else set())
     return fit(
@@ -126,7 +131,7 @@ def warm_up(model: ColarModel, rows: Sequence[ColarRow], settings: TrainSettings
     kept = model.config
     model.settings = kept.but(embed_modeling_weight=0.0).model_dump(mode="json")
     try:
-        result = train(model, rows, settings, folder, logger, factors=[1], label="written reasoning")
+        result = train(model, rows, settings, folder, logger, factors=[1], frozen_table=False, label="written reasoning")
     finally:
         model.settings = kept.model_dump(mode="json")
     model.measure()

@@ -79,7 +79,7 @@ class RewardLoss:
 
 
 def recalls(model: RewardModel, asked: Sequence[Asked], dropped_right: int = 0) -> dict[str, float]:
-    """`test_n_{N}_recall_at_1`: best-of-N accuracy, the dropped all-correct questions counted as right; for every power of two up to N and for N.
+    """`test_n_{N}_recall_at_1`: best-of-N accuracy for powers of two up to N and for N, the dropped all-correct questions counted as right.
 
     Further `recall_at_8`, as the released code counts it: the mean number of correct samples among the eight best.
     """

@@ -1,0 +1,54 @@
+"""From the parameters of the training notebook to checked settings, and its losses as a table."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lab.files import read_lines
+from lab.methods.colar.config import ColarSettings
+from lab.rl import RLSettings
+from lab.train import TrainSettings
+
+MODEL = ("max_compression_factor", "latent_loss", "sqrt_mean", "lp_intermediate_size", "lora_r", "lora_alpha", "official_padding")
+SHARED = ("global_batch", "micro_batch", "weight_decay", "clip", "bf16", "save_every", "seed")
+
+
+def model_settings(given: Mapping[str, Any]) -> ColarSettings:
+    """The model's settings."""
+    return ColarSettings.check(**{name: given[name] for name in MODEL})
+
+
+def training_settings(given: Mapping[str, Any]) -> TrainSettings:
+    """Of the compressed training."""
+    length = {name: given[name] for name in ("steps", "epochs", "lr", "schedule", "min_lr_ratio", "warmup_steps")}
+    return TrainSettings.check(**_shared(given), **length)
+
+
+def warm_up_settings(given: Mapping[str, Any]) -> TrainSettings:
+    """Of the written reasoning before it."""
+    steps = given["warm_up_steps"]
+    rise = min(given["warmup_steps"], steps // 2)
+    rate = {"lr": given["lr"], "schedule": "cosine_with_min_lr", "min_lr_ratio": 0.02, "warmup_steps": rise}
+    return TrainSettings.check(**_shared(given), steps=steps, **rate)
+
+
+def _shared(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: given[name] for name in SHARED} | {"betas": [0.9, given["beta2"]], "log_every": 50}
+
+
+def rl_settings(given: Mapping[str, Any]) -> RLSettings:
+    """Of GRPO: one update on each rollout, no divergence term, gradient norm at most 1."""
+    size = {"steps": given["rl_steps"], "prompts": given["rl_prompts"], "samples": given["rl_samples"], "lr": given["rl_lr"]}
+    size |= {"micro_batch": given["micro_batch"], "longest": given["thoughts"] + 1 + given["max_new_tokens"]}
+    loss = "grpo" if given["average_per_token_loss"] else "dr_grpo"
+    rest = {"weight_decay": given["weight_decay"], "save_every": given["save_every"], "seed": given["seed"], "bf16": given["bf16"]}
+    return RLSettings.check(**size, loss_type=loss, schedule="constant", clip=1.0, **rest)
+
+
+def loss_table(folder: Path) -> pd.DataFrame:
+    """The logged parts of the loss, for `figures.loss_components`."""
+    rows = [row for row in read_lines(folder / "metrics.jsonl") if "ce" in row]
+    parts = ((row, name) for row in rows for name in ("ce", "latent") if name in row)
+    return pd.DataFrame([{"step": row["step"], "component": name, "value": row[name]} for row, name in parts])
