@@ -13,7 +13,7 @@ Beside it stands `generate` of transformers for as many new tokens, which thinks
 import argparse
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
 
@@ -82,31 +82,22 @@ def stock(model, prompt: torch.Tensor, n: int, think: Callable) -> torch.Tensor:
     return token
 
 
-def generation(size: str, rounds: int) -> list[tuple]:
+def generation(size: str, rounds: int) -> Iterator[tuple]:
     coconut, codi = models(size)
-    rows = []
     for name, model in (("coconut", coconut), ("codi", codi)):
-        for questions, samples in ((1, 1), (4, 1), (1, 16), (4, 4), (1, 64), (4, 16)):
+        for questions, samples in ((1, 16), (4, 4), (1, 64), (4, 16)):
             prompt = ids(questions, QUESTION)
             think = (lambda h: h) if name == "coconut" else codi.parts.prj
             make = coconut_policy(model.decoder, model.config, THOUGHTS) if name == "coconut" else codi_policy(model, THOUGHTS)
             make.stop_ids = torch.tensor([-1])  # every row says all its tokens, on both sides
-            ask = Prompt(model.decoder.embed(prompt))
             budget = Budget(thoughts=THOUGHTS, answer=ANSWER)
-            ours = partial(rollout, model.decoder, make, ask, samples, budget=budget)
-            rows.append(
-                (
-                    "generation",
-                    size,
-                    f"{name}, {questions} × {samples}",
-                    *compare(ours, partial(stock, model.backbone, prompt, samples, think), rounds),
-                )
-            )
+            ours = partial(rollout, model.decoder, make, Prompt(model.decoder.embed(prompt)), samples, budget=budget)
+            floor = partial(stock, model.backbone, prompt, samples, think)
+            yield "generation", size, f"{name}, {questions} × {samples}", *compare(ours, floor, rounds)
     prompt = ids(1, QUESTION).repeat(16, 1)
     tokens = dict(max_new_tokens=THOUGHTS + ANSWER, do_sample=False, eos_token_id=None, pad_token_id=0)
     plain, floor = partial(coconut.backbone.generate, prompt, **tokens), partial(stock, coconut.backbone, prompt[:1], 16, lambda h: h)
-    rows.append(("plain generate", size, "1 × 16", *compare(plain, floor, rounds)))
-    return rows
+    yield "plain generate", size, "1 × 16", *compare(plain, floor, rounds)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -122,7 +113,7 @@ def shifted(block: torch.Tensor) -> torch.Tensor:
     return torch.cat((block[:, 1:], torch.full_like(block[:, :1], IGNORE)), 1)
 
 
-def coconut_step(size: str, rounds: int) -> list[tuple]:
+def coconut_step(size: str, rounds: int) -> Iterator[tuple]:
     model, _ = models(size)
     question, after = ids(ROWS, QUESTION), ids(ROWS, REASONING + ANSWER)
     plan = collate(
@@ -146,10 +137,10 @@ def coconut_step(size: str, rounds: int) -> list[tuple]:
         states = body(inputs_embeds=x, past_key_values=out.past_key_values).last_hidden_state[:, 1:]
         head_loss(model.backbone, states, shifted(after)).backward()
 
-    return [("coconut step", size, f"{ROWS} rows", *compare(ours, floor, rounds))]
+    yield "coconut step", size, f"{ROWS} rows", *compare(ours, floor, rounds)
 
 
-def codi_step(size: str, rounds: int) -> list[tuple]:
+def codi_step(size: str, rounds: int) -> Iterator[tuple]:
     _, model = models(size)
     question, cot, answer = ids(ROWS, QUESTION), ids(ROWS, REASONING), ids(ROWS, ANSWER)
     triples = zip(question.tolist(), cot.tolist(), answer.tolist(), strict=True)
@@ -179,14 +170,14 @@ def codi_step(size: str, rounds: int) -> list[tuple]:
             total = total + F.smooth_l1_loss(a[:, 4], target) / target.std() / (layers + 1)
         total.backward()
 
-    return [("codi step", size, f"{ROWS} rows", *compare(ours, floor, rounds))]
+    yield "codi step", size, f"{ROWS} rows", *compare(ours, floor, rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", nargs="+", default=["mid", "tiny"])
-    parser.add_argument("--work", nargs="+", default=["generation", "coconut_step", "codi_step"])
+    parser.add_argument("--work", nargs="+", default=["coconut_step", "codi_step", "generation"])
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,45 +44,68 @@ def train(
         how: `steps` and `epochs` are set here, from the schedule; `order` is the curriculum's own.
         step_logger: gets step (over all stretches), stage, loss, …
     """
-    found: list[Stretch] = []
-    done = 0
-    for number, epochs in enumerate(segments(schedule, model.config)):
-        stage = stage_of(epochs[-1], model.config)
-        model.configure(stage=stage)
-        stretch = _stretch(
-            model, examples, held_out, epochs, stage, schedule, how, Path(folder) / f"{number:02d}-stage{stage}", done, step_logger
+    course = _Course(model, examples, held_out, schedule, how, Path(folder), step_logger)
+    for epochs in segments(schedule, model.config):
+        course.go_through(epochs)
+    return course.found
+
+
+@dataclass
+class _Course:
+    """A training under way: what all stretches share, and the stretches done."""
+
+    model: CoconutModel
+    examples: Sequence[Tokenized]
+    held_out: Sequence[Tokenized]
+    schedule: Schedule
+    how: TrainSettings
+    folder: Path
+    logger: Callable[..., None] | None
+    found: list[Stretch] = field(default_factory=list)
+
+    def go_through(self, epochs: range) -> None:
+        """Trains one stretch: a new optimizer, rows of these epochs in order, and a look at the held-out rows of its last stage."""
+        stage = stage_of(epochs[-1], self.model.config)
+        self.model.configure(stage=stage)
+        rows = StagedRows(self.examples, self.model.config, epochs, self.how.seed)
+        look = _Look([training_row(example, stage, self.model.config) for example in self.held_out], self.schedule.switch_at)
+        folder = self.folder / f"{len(self.found):02d}-stage{stage}"
+        done = sum(part.steps for part in self.found)
+        result = fit(
+            self.model,
+            rows,
+            collate,
+            loss,
+            self._settings(rows, epochs),
+            folder,
+            lambda **row: self._log(row, done, stage),
+            count=labelled,
+            validate=look,
+            label=f"stage {stage}",
         )
-        done += stretch.steps
-        found.append(stretch)
-        log.info("Stage %d: %d steps, loss %.3g, %.1f %% of held-out rows exact.", stage, stretch.steps, stretch.loss, 100 * stretch.exact)
-    return found
+        exact_rows = look.latest if look.latest is not None else look(self.model)["exact"]
+        self.found.append(Stretch(stage, result.steps, exact_rows, result.loss, result.seconds))
+        log.info("Stage %d: %d steps, loss %.3g, %.1f %% of held-out rows exact.", stage, result.steps, result.loss, 100 * exact_rows)
+
+    def _settings(self, rows: StagedRows, epochs: range) -> TrainSettings:
+        """One pass over `rows`; the guard is off where an optimizer goes through several stages: the loss jumps at each by design."""
+        steps = math.ceil(len(rows) / self.how.global_batch)
+        every = min(self.how.eval_every or steps, steps) if self.schedule.switch_at else steps
+        several = len({stage_of(epoch, self.model.config) for epoch in epochs}) > 1
+        guard = self.how.guard.but(enabled=False) if several else self.how.guard
+        return self.how.but(steps=steps, epochs=0.0, order="as_given", eval_every=every, guard=guard)
+
+    def _log(self, row: dict[str, Any], done: int, stage: int) -> None:
+        if self.logger is not None:
+            self.logger(**row | {"step": row["step"] + done, "stage": stage})
 
 
-def _stretch(
-    model, examples, held_out, epochs: range, stage: int, schedule: Schedule, how, folder: Path, done: int, step_logger
-) -> Stretch:
-    rows = StagedRows(examples, model.config, epochs, how.seed)
-    judged = [training_row(example, stage, model.config) for example in held_out]
-    latest: dict[str, float] = {}
+class _Look:
+    """The validation of a stretch: the share of exact rows, and whether that ends the stage."""
 
-    def validate(model: CoconutModel) -> dict[str, float]:
-        latest["exact"] = exact(model, judged)
-        return {"exact": latest["exact"], "stop": bool(schedule.switch_at) and latest["exact"] >= schedule.switch_at}
+    def __init__(self, rows: list, switch_at: float):
+        self.rows, self.switch_at, self.latest = rows, switch_at, None
 
-    def write(**row: Any) -> None:
-        if step_logger is not None:
-            step_logger(**row | {"step": row["step"] + done, "stage": stage})
-
-    steps = math.ceil(len(rows) / how.global_batch)
-    every = min(how.eval_every or steps, steps) if schedule.switch_at else steps
-    settings = how.but(steps=steps, epochs=0.0, order="as_given", eval_every=every, guard=_guard(how, epochs, model))
-    result = fit(model, rows, collate, loss, settings, folder, write, count=labelled, validate=validate, label=f"stage {stage}")
-    if "exact" not in latest:
-        validate(model)
-    return Stretch(stage, result.steps, latest["exact"], result.loss, result.seconds)
-
-
-def _guard(how: TrainSettings, epochs: range, model: CoconutModel):
-    """The guard, off where one optimizer goes through several stages: the loss jumps at each switch by design."""
-    stages = {stage_of(epoch, model.config) for epoch in epochs}
-    return how.guard.but(enabled=False) if len(stages) > 1 else how.guard
+    def __call__(self, model: CoconutModel) -> dict[str, Any]:
+        self.latest = exact(model, self.rows)
+        return {"exact": self.latest, "stop": bool(self.switch_at) and self.latest >= self.switch_at}

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lab.errors import unknown
 from lab.latent.distill import plan_cross_entropy, read_on
 from lab.latent.plan import Pair, collate_pairs
 from lab.latent.unroll import Unrolled
@@ -27,8 +28,6 @@ ARMS: dict[str, dict] = {
 
 def arm_settings(arm: Arm, s: CodiSettings) -> CodiSettings:
     """`s` with what an arm changes: thoughts without distillation, an answer without any reasoning, or written reasoning alone."""
-    from lab.errors import unknown
-
     if arm not in ARMS:
         raise unknown("arm", arm, ARMS)
     return s.but(**ARMS[arm])
