@@ -24,6 +24,7 @@ _CARRIERS = (
     "provenance",
     "records",
     "runs",
+    "steps",
     "tables",
 )
 _PLUMBING = {f"{name}.py" for name in _CARRIERS}  # they carry runs and shape no result

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from lab import figures, report, runs, view
+from lab import figures, report, steps, view
 from lab.notebooks import execute
 from lab.trace import Trace
 
@@ -13,7 +13,7 @@ PARAMETERS = {"seed": 0, "count": 1, "data": "", "pause_s": 0.0, "more": False, 
 
 @pytest.fixture
 def page(bench, tmp_path):
-    step = runs.begin("mini", "draw", str(tmp_path / "run"), PARAMETERS)
+    step = steps.begin("mini", "draw", str(tmp_path / "run"), PARAMETERS)
     tokens = [{"question": 0, "pos": p, "id": p, "text": HOSTILE if p == 3 else f" word{p}", "iterations": 1 + p % 2} for p in range(40)]
     step.save_view(view.tokens(Trace.build("tah", tokens=tokens, samples=[{"question": 0}])), "tokens")
     table = pd.DataFrame({"iterations": [1, 2], "share": [0.9, 0.1]})

@@ -5,7 +5,7 @@ import re
 import pandas as pd
 import pytest
 
-from lab import figures, report, runs
+from lab import figures, report, runs, steps
 from lab.errors import RunError, SettingsError
 
 HOSTILE = "<script>alert(1)</script>\"'&"
@@ -17,7 +17,7 @@ def make(bench, tmp_path):
     def run(seed=0, **headline):
         folder = tmp_path / f"seed={seed}"
         runs.Run.open(folder, "mini", recipe="toy", overrides={"seed": str(seed)}).close()
-        step = runs.begin("mini", "draw", str(folder), {"seed": seed, **PARAMETERS})
+        step = steps.begin("mini", "draw", str(folder), {"seed": seed, **PARAMETERS})
         table = pd.DataFrame({"iterations": [1, 2], "share": [0.9, 0.1]})
         step.save_figure(figures.iteration_histogram(table), "histogram", table)
         step.table("tokens", [{"token": HOSTILE, "count": 3}])

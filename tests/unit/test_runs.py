@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import files, runs
+from lab import files, runs, steps
 from lab.errors import RunError, SettingsError
 from lab.records import StepRecord, read_metrics
 
@@ -19,8 +19,8 @@ DRAW = {"seed": 0, "count": 2, "data": "", "pause_s": 0.0, "more": False, "fail"
 @pytest.fixture
 def begin(bench):
     """`lab.begin` for the mini paper; steps left open are closed."""
-    yield lambda step="draw", run="", **changed: runs.begin("mini", step, str(run), {**DRAW, **changed} if step == "draw" else {"seed": 0})
-    for step in list(runs._open_steps):
+    yield lambda step="draw", run="", **changed: steps.begin("mini", step, str(run), {**DRAW, **changed} if step == "draw" else {"seed": 0})
+    for step in list(steps._open_steps):
         step.close()
 
 
@@ -83,7 +83,7 @@ def test_a_kill_between_the_end_and_the_renaming_is_repaired(begin, monkeypatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(runs, "_put_in_place", killed)
+        patched.setattr(steps, "put_in_place", killed)
         step.finish(total=1)
     step.close()
     other = begin("double", run=step.run.folder)
@@ -128,7 +128,7 @@ def test_a_kill_while_a_run_is_being_made_leaves_a_folder_that_can_be_used(begin
         patched.setattr(os, "unlink", lambda *_: None)
         begin(run=folder)
     assert any(item.name.startswith(".manifest.json.") for item in folder.iterdir())
-    monkeypatch.setattr(runs, "_open_steps", [])
+    monkeypatch.setattr(steps, "_open_steps", [])
     import gc
 
     gc.collect()
@@ -154,8 +154,8 @@ def test_a_damaged_manifest_is_named(begin):
 
 HOLD = """
 import sys, time
-from lab import runs
-step = runs.begin("mini", "draw", sys.argv[1], {"seed": 0})
+from lab import steps
+step = steps.begin("mini", "draw", sys.argv[1], {"seed": 0})
 print("held", flush=True)
 time.sleep(60)
 """
