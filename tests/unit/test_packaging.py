@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -49,10 +50,17 @@ def test_the_makefile_knows_its_targets(target):
 
 def test_continuous_integration_runs_every_tier():
     script = (ROOT / ".ci" / "run").read_text()
-    assert "set -euo pipefail" in script and "make test\n" in script
-    everything = re.search(r"^test-all:(.*)$", (ROOT / "Makefile").read_text(), re.M).group(1).split()
-    assert all(target in script for target in everything)
+    assert "set -euo pipefail" in script and "make test " in script
+    assert re.search(r"^test:.*\n.*tests/unit tests/smoke", (ROOT / "Makefile").read_text(), re.M)
+    tiers = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} - {"unit", "smoke", "fixtures", "__pycache__"}
+    assert all(f"tests/{tier}" in script for tier in tiers)
     assert subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")]).returncode == 0
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
+def test_code_and_notebooks_keep_the_style(command):
+    done = subprocess.run([sys.executable, "-m", "ruff", *command, "--quiet", "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"make lint says:\n{done.stdout[-3000:]}"
 
 
 def test_no_file_of_the_repository_names_a_persons_machine():
