@@ -116,9 +116,7 @@ def test_a_rollback_repeats_the_data_with_other_draws(tmp_path):
 
 def test_three_attempts_get_gentler_then_it_stops_with_a_report(tmp_path):
     model = Tiny(torch.bfloat16)
-    with pytest.raises(
-        TrainingError, match=r"3 rollbacks .*attempt 2 from step 0 failed by spike of penalty.*divergence.jsonl"
-    ):
+    with pytest.raises(TrainingError, match=r"3 rollbacks .*attempt 2 from step 0 failed by spike of penalty.*divergence.jsonl"):
         fit(model, DATA, collate, Sticky(tmp_path), settings(steps=400, save_every=0, stability="paper"), tmp_path)
     events = [event for event in files.read_lines(tmp_path / "divergence.jsonl") if event["kind"] != "warning"]
     assert [event["kind"] for event in events] == ["rollback"] * 3 + ["gave up"]
