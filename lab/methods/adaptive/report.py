@@ -10,7 +10,9 @@ import torch
 from lab.data.examples import Example
 from lab.errors import SettingsError
 from lab.files import read_lines
-from lab.latent.record import Responses
+from lab.latent.loop import Budget
+from lab.latent.policy import Policy
+from lab.latent.record import Ask, Responses, respond
 from lab.latent.sampling import Sampling
 from lab.methods.adaptive.checkpoint import CREATION
 from lab.methods.adaptive.config import COLON, MARKER
@@ -194,6 +196,22 @@ def answers_by_count(model: AdaptiveModel, problems: Sequence[Example], counts: 
                 | {"right": said is not None and said == first_number(example.answer), "beyond": count > model.config.most_trained > 0}
             )
     return rows
+
+
+def beside_teacher(model: AdaptiveModel, problems: Sequence[Example], answers: Responses, **options: Any) -> list[dict[str, Any]]:
+    """The same model as teacher (it writes its reasoning, as in the other half of its training) and as student, with what each cost."""
+    s, writer = model.config, Writer(model.tokenizer, model.config)
+    banned = tuple(i for i in (*s.unused, s.start) if i >= 0)
+    ask = Ask(budget=Budget(answer=options.pop("max_new_tokens", 64)), **options)
+    prompts = [writer.prompt(example.question, think=False) for example in problems]
+    written = respond(model, prompts, lambda group: Policy(model.thinker, (model.tokenizer.eos_token_id,), banned=banned), ask)
+    first = min(row.question for row in answers.rows)
+    students = {row.question - first: row for row in answers.rows if row.sample == 0}
+    return [
+        {"question": example.question, "gold": example.answer, "teacher": teacher.text, "teacher_tokens": len(teacher.ids)}
+        | {"student": students[i].text, "thoughts": students[i].thoughts, "student_tokens": len(students[i].ids)}
+        for i, (example, teacher) in enumerate(zip(problems, written.rows, strict=True))
+    ]
 
 
 def slider(rows: Sequence[Mapping[str, Any]]) -> Any:
