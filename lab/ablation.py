@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lab.data.answers import score
 from lab.data.examples import Example
-from lab.errors import SettingsError, unknown
+from lab.errors import RunError, SettingsError, unknown
 from lab.latent.policy import Policy, Rows
 from lab.models.latent_model import LatentModel
 from lab.stats import proportion_interval
@@ -197,3 +197,21 @@ def _row(name: str, texts: list[str], own: list[str], examples: Sequence[Example
         "changed": changed,
         "questions": len(texts),
     }
+
+
+def toy_subject(paper: str, arm: str = "", seed: int = 0) -> tuple[LatentModel, Sequence[Example], str]:
+    """The model of the newest toy run of a paper (made where there is none), its test questions, and what their answers are called."""
+    from lab.data.source import Source
+    from lab.models.layouts import load
+    import lab
+    from lab.runs import latest, open_run
+
+    try:
+        folder = latest(paper, "toy")
+    except RunError:
+        folder = lab.run(paper, "toy", {"seed": str(seed)})
+    values = open_run(folder).step("evaluate").info["parameters"]
+    if "hops" not in values:
+        raise SettingsError(f"The toy of {paper!r} asks no questions in words; name a model and a benchmark.")
+    source = Source.check(**{name: values[name] for name in Source.model_fields if name in values})
+    return load(folder / "train" / (arm or paper)), source.held_out(), source.kind
