@@ -201,9 +201,9 @@ def _row(name: str, texts: list[str], own: list[str], examples: Sequence[Example
 
 def toy_subject(paper: str, arm: str = "", seed: int = 0) -> tuple[LatentModel, Sequence[Example], str]:
     """The model of the newest toy run of a paper (made where there is none), its test questions, and what their answers are called."""
+    import lab
     from lab.data.source import Source
     from lab.models.layouts import load
-    import lab
     from lab.runs import latest, open_run
 
     try:
