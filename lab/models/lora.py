@@ -26,10 +26,11 @@ class Adapter(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, in) -> (…, out)."""
+        """(…, in) -> (…, out) in the type of `x`; computed in the adapter's own, which may be wider than the backbone's."""
+        wide = x.to(self.A.dtype)
         if self.training and self.dropout:
-            x = F.dropout(x, self.dropout)
-        return F.linear(F.linear(x, self.A), self.B) * self.scale
+            wide = F.dropout(wide, self.dropout)
+        return (F.linear(F.linear(wide, self.A), self.B) * self.scale).to(x.dtype)
 
 
 class GatedLora(nn.Module):

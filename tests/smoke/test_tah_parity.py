@@ -24,8 +24,8 @@ VALID = MASK.bool()
 LOGITS, GRADIENTS = {"atol": 2e-4, "rtol": 0}, {"atol": 1e-5, "rtol": 1e-3}
 
 
-def official(**changes) -> TahModel:
-    return layouts.load(CHECKPOINT, **changes)
+def official(dtype: str = "auto", **changes) -> TahModel:
+    return layouts.load(CHECKPOINT, dtype=dtype, **changes)
 
 
 def gradient_norm(model: TahModel) -> float:
@@ -242,3 +242,17 @@ def test_a_decider_that_does_not_fit_is_refused(tmp_path):
         (folder / "iter_decider.bin").unlink()
         torch.save({"class": "IterLabelDecider", "state_dict": {}, "init_args": {}}, folder / "iter_decider.bin")
         layouts.load(folder)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_half_precision_backbones_and_autocast_work(step1, dense, monkeypatch):
+    monkeypatch.setattr("lab.models.vocab.SMALL", 10**6 if dense else 0)
+    with torch.no_grad():
+        half, full = (official(dtype=kind)(IDS, MASK, return_logits=True) for kind in ("bfloat16", "float32"))
+    same = VALID & (half.iterations == full.iterations)
+    assert same.sum() > 20 and float((half.logits.float() - full.logits)[same].abs().mean()) < 0.1
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = step1(IDS, MASK, LABELS, COUNTS).loss
+    loss.backward()
+    assert float(loss) == pytest.approx(float(OUTPUTS["step1.loss"][0]), rel=0.02)
+    assert gradient_norm(step1) == pytest.approx(META["step1"]["grad_global_norm, n_params_with_grad"][0], rel=0.1)
