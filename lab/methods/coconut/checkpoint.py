@@ -8,22 +8,20 @@ from typing import Any
 
 import torch
 
-from lab.errors import CheckpointError, unknown
+from lab.errors import CheckpointError
 from lab.files import writing
 from lab.methods.coconut.config import END, LATENT, START, CoconutSettings
 from lab.methods.coconut.model import CoconutModel
-from lab.models.latent_model import tokenizer_of
+from lab.models.answers import ABOUT_BACKBONE, check_answers, end_id, tokenizer_from
 from lab.models.layouts import FolderFiles, Layout
 from lab.models.loading import read_state, same_tensor
 from lab.models.shapes import architecture, config_for, filled
-from lab.models.tokenizers import load_tokenizer
 
 log = logging.getLogger(__name__)
 
 MODEL = CoconutModel
 PREFIX, ALIAS = "base_causallm.", "embedding.weight"
 USUAL = 6  # thoughts of the published GSM8K, ProntoQA and ProsQA models
-ABOUT_BACKBONE = ("backbone", "config", "heads")
 ANSWERS = (*ABOUT_BACKBONE, "tokenizer", "thoughts", "mode", "eos_id")
 
 
@@ -94,27 +92,6 @@ def export_official(model: CoconutModel, path: Path | str) -> Path:
     return path
 
 
-# ---- shared with CODI: what LatentTTS folders and answers say ------------------------------------------------------------
-
-
-def check_answers(answers: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    """SettingsError with the closest match for an answer nobody asked for."""
-    for name in answers:
-        if name not in known:
-            raise unknown("answer", name, known)
-
-
-def tokenizer_from(answers: Mapping[str, Any], folder: Path) -> Any:
-    """The tokenizer given (object, name or folder), that of `backbone=`, or the one in the folder; None if there is none."""
-    given = answers.get("tokenizer")
-    if given is not None:
-        return load_tokenizer(given) if isinstance(given, str) else given
-    own, backbone = tokenizer_of(folder), str(answers.get("backbone") or "")
-    if own is not None or not backbone:
-        return own
-    return tokenizer_of(Path(backbone)) if Path(backbone).is_dir() else load_tokenizer(backbone)
-
-
 def asked_thoughts(answers: Mapping[str, Any]) -> int:
     """The number of thoughts given, or the published models' 6, said aloud."""
     if "thoughts" not in answers:
@@ -132,13 +109,6 @@ def latent_ids(config: Any, tokenizer: Any, what: str) -> dict[str, int]:
             f"{what}: {', '.join(bad)} is no row of the vocabulary ({config.vocab_size}); give the tokenizer it came with."
         )
     return ids
-
-
-def end_id(answers: Mapping[str, Any], config: Any, tokenizer: Any) -> int:
-    """The id that ends an answer."""
-    found = answers.get("eos_id", None if tokenizer is None else tokenizer.eos_token_id)
-    found = getattr(config, "eos_token_id", None) if found is None else found
-    return -1 if found is None else found
 
 
 def weights_name(files: FolderFiles) -> str:

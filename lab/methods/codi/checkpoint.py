@@ -9,9 +9,10 @@ import torch
 
 from lab.errors import CheckpointError
 from lab.files import writing
-from lab.methods.coconut.checkpoint import check_answers, end_id, latent_ids, tokenizer_from
+from lab.methods.coconut.checkpoint import latent_ids
 from lab.methods.codi.config import CodiSettings, inferred
 from lab.methods.codi.model import CodiModel, with_lora
+from lab.models.answers import ABOUT_BACKBONE, check_answers, end_id, tokenizer_from
 from lab.models.backbones import load_config, new_backbone
 from lab.models.layouts import FolderFiles, Layout
 from lab.models.loading import State, load_exact, part, read_state
@@ -24,7 +25,6 @@ PREFIXES = ("codi.", "coconut.")
 WRAPPED = "base_model.model."
 ALPHA = 32.0  # of every published recipe
 LATENTTTS = {"projector.1": "1", "projector.3": "3", "projector.4": "ln"}
-ABOUT_BACKBONE = ("backbone", "config", "heads")
 ANSWERS = (*ABOUT_BACKBONE, "tokenizer", "lora_alpha", "num_latent", "eos_id", "keep_lora", "data_name", "remove_eos", "compat")
 
 
