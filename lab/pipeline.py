@@ -51,7 +51,7 @@ def run_recipe(
     folder, recipe, overrides = _settle(paper, recipe, dict(overrides or {}), folder, resume or from_step is not None)
     planned = papers.plan(paper, recipe, overrides)
     forced = _forced(planned, from_step)
-    facts = {"recipe": recipe, "overrides": overrides, "command": shlex.join(["lab", *sys.argv[1:]])}
+    facts = {"recipe": recipe, "overrides": overrides, "planned": [step.step for step in planned], "command": _command()}
     run = runs.Run.open(folder, paper, **facts)
     try:
         _check_earlier(run, planned, forced)
@@ -64,6 +64,10 @@ def run_recipe(
     finally:
         run.close()
     return run.folder
+
+
+def _command() -> str:
+    return shlex.join(["lab", *sys.argv[1:]])
 
 
 def _settle(
@@ -141,14 +145,16 @@ def describe_text(described: Mapping[str, Any]) -> str:
 @contextlib.contextmanager
 def _belongs_to(run: runs.Run) -> Iterator[None]:
     """Kernels started within belong to `run`: they may write into it although it is locked."""
-    os.environ["LAB_RUN"] = str(run.folder)
-    os.environ["LAB_PROGRESS"] = str(run.folder / PROGRESS)
+    before = dict(os.environ)
+    os.environ |= {"LAB_RUN": str(run.folder), "LAB_PROGRESS": str(run.folder / PROGRESS)}
     try:
         yield
     finally:
         for name in (PROGRESS, LIVE):
             (run.folder / name).unlink(missing_ok=True)
-        del os.environ["LAB_RUN"], os.environ["LAB_PROGRESS"]
+        for name in ("LAB_RUN", "LAB_PROGRESS"):
+            os.environ.pop(name)
+            os.environ |= {name: before[name]} if name in before else {}
 
 
 def _run_step(run: runs.Run, planned: papers.Planned, forced: bool, live: "Live") -> None:

@@ -34,13 +34,15 @@ def open_run(folder: str | Path) -> "Run":
     return Run(_existing(Path(folder)))
 
 
-def latest(paper: str, recipe: str | None = None) -> Path:
-    """The newest run folder of a paper (and recipe); RunError with the command to make one if there is none."""
+def latest(paper: str, recipe: str | None = None, finished: bool = False) -> Path:
+    """The newest run folder of a paper (and recipe; all of whose steps have finished); RunError with the command that makes one."""
     found = sorted((provenance.outputs() / paper).glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime)
     for path in reversed(found):
-        if recipe is None or read_json(path).get("recipe") == recipe:
+        run = Run(path.parent)
+        if (recipe is None or run.manifest.get("recipe") == recipe) and (run.finished or not finished):
             return path.parent
-    raise RunError(f"There is no run of {paper} yet; make one with: lab run {paper}" + (f" --recipe {recipe}" if recipe else ""))
+    wanted = "finished run" if finished else "run"
+    raise RunError(f"There is no {wanted} of {paper} yet; make one with: lab run {paper}" + (f" --recipe {recipe}" if recipe else ""))
 
 
 def new_folder(paper: str) -> Path:
@@ -101,6 +103,13 @@ class Run:
     @property
     def manifest(self) -> dict[str, Any]:
         return read_json(self.folder / MANIFEST)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step that its recipe planned is done."""
+        manifest = self.manifest
+        planned = manifest.get("planned") or ["?"]
+        return all(manifest["steps"].get(name, {}).get("status") == "done" for name in planned)
 
     def steps(self) -> list["StepRecord"]:
         """The finished steps, in the order they finished."""

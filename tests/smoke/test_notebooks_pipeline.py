@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from papermill.cli import papermill
 
 from lab import files, pipeline, runs
+from lab.notebooks import execute
 from lab.pipeline import StepFailed, run_recipe
 from lab.records import StepRecord, results_of
 
@@ -34,6 +35,7 @@ def test_a_recipe_becomes_a_run_folder_with_executed_notebooks_and_pages(bench, 
     assert results_of(folder)["draw"]["count"] == 4
     manifest = runs.open_run(folder).manifest
     assert [step["status"] for step in manifest["steps"].values()] == ["done", "done"]
+    assert runs.latest("mini", "toy", finished=True) == folder
     assert set(pipeline._history("mini", "toy")) == {"draw", "double"}, "the next run knows how long each step takes"
     assert (manifest["recipe"], manifest["overrides"]) == ("toy", {"seed": "3"})
     for step in ("draw", "double"):
@@ -86,6 +88,8 @@ def test_a_failing_cell_is_named_linked_and_leaves_what_ran(bench, fresh, output
     assert any("commit" in str(output) for output in outputs_of(folder / "notebooks" / "draw.ipynb"))
     step = runs.open_run(folder).manifest["steps"]["draw"]
     assert step["status"] == "failed" and "asked to fail" in step["error"]
+    with pytest.raises(runs.RunError, match="no finished run of mini"):
+        runs.latest("mini", finished=True)
     run_recipe("mini", folder=folder, resume=True, overrides={"fail": "false"})
     assert set(results_of(folder)) == {"draw", "double"}
 
@@ -175,6 +179,17 @@ def test_two_commands_on_one_folder(bench, tmp_path):
     finally:
         first.kill()
         first.wait()
+
+
+def test_a_notebook_may_run_a_recipe_itself(bench, fresh, tmp_path):
+    notebook = bench / "notebooks" / "mini" / "1_draw.ipynb"
+    content = json.loads(notebook.read_text())
+    work = ["from pathlib import Path\n", "import lab\n", "lab.run('mini', 'toy', folder=Path(data))"]
+    content["cells"][2:] = [{**content["cells"][2], "source": work}]
+    outer = tmp_path / "outer.ipynb"
+    outer.write_text(json.dumps(content))
+    execute(outer, tmp_path / "out" / "outer.ipynb", {"data": str(tmp_path / "inner")})
+    assert set(results_of(tmp_path / "inner")) == {"draw", "double"}
 
 
 def test_describing_a_run_starts_no_kernel(bench, monkeypatch):
