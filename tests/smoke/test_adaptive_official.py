@@ -207,3 +207,43 @@ def test_unusable_examples_are_dropped_and_counted(model):
         prepare(bad, Writer(tokenizer(), model.config, Distil(**DATA["latent6"], **CODI)))
     with pytest.raises(SettingsError, match="single thought"):
         prepare(examples(), Writer(tokenizer(), model.config, Distil()))
+
+
+def test_weight_decay_spares_what_the_official_groups_spare(model):
+    from lab.methods.adaptive.stages import spare_specials
+    from lab.optim import parameter_groups
+    from lab.train import TrainSettings
+
+    settings = spare_specials(model, TrainSettings(steps=1, weight_decay=0.1))
+    groups = parameter_groups(model, 1e-3, 0.1, settings.groups)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {decay: {names[id(p)] for g in groups if g["weight_decay"] == decay for p in g["params"]} for decay in (0.0, 0.1)}
+    official = numbers("losses")
+    for decay, key in ((0.0, "no_decay"), (0.1, "decay")):
+        assert {_short(name.removeprefix("backbone.").removeprefix("parts.")) for name in found[decay]} == {
+            _short(n) for n in official[key]
+        }
+
+
+def test_lora_training_is_resumed_and_written_as_published(tmp_path):
+    from lab.methods.adaptive.checkpoint import save_adapter
+    from lab.methods.adaptive.stages import train_sft
+    from lab.train import TrainSettings
+
+    distil = Distil(**DATA["latent6"], **CODI)
+    settings = TrainSettings(steps=4, global_batch=2, micro_batch=1, lr=1e-3, save_every=1, device="cpu")
+    whole, parted = lora_model(), lora_model()
+    train_sft(whole, examples(), distil, settings, tmp_path / "whole")
+
+    def kill(**row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_sft(parted, examples(), distil, settings.but(log_every=3), tmp_path / "parted", kill)
+    fresh = lora_model()
+    result, _ = train_sft(fresh, examples(), distil, settings.but(log_every=3), tmp_path / "parted")
+    assert result.resumed_from in (2, 3)
+    wanted, found = (lora_weights(m) | dict(m.parts.named_parameters()) for m in (whole, fresh))
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert fresh.config.head_trained and fresh.config.most_trained == 6 and fresh.config.fixed_count == 6
+    assert (save_adapter(fresh, tmp_path / "out", "base") / "adapter_model.safetensors").is_file()

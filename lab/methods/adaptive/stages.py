@@ -19,6 +19,7 @@ from lab.methods.adaptive.model import AdaptiveModel
 from lab.methods.adaptive.objective import SFT, batch_of
 from lab.methods.adaptive.options import Resolved
 from lab.methods.adaptive.reinforce import AdaptiveThinking, LengthReward, rewards_of
+from lab.optim import Group
 from lab.rl import RLSettings, reinforce
 from lab.train import TrainResult, TrainSettings, fit
 
@@ -29,6 +30,7 @@ TOY_TRAINING = (
     "gsm8k-aug/latent_plus_1_by_1_max_6/codi_loss_5/calc_smooth_l1/norm_layerwise_std/batch_size_64/steps_500/lr_2e-3/max_grad_norm_2"
 )
 TOY_RL = "batch_size_128/rel_len_penalty_1e-4/rel_len_acc_req_ALL/rel_len_reward_1e-1"
+_SPARED = Group(match=r"^parts\._\w+_embed", weight_decay=0.0)
 _BENCHMARKS = {"gsm8k-aug": "gsm8k_aug", "gsm8k-aug-nl": "gsm8k_aug"}
 
 
@@ -130,13 +132,20 @@ def train_sft(
     rows = prepare(data, Writer(model.tokenizer, model.config, distil))
     if rows.dropped:
         log.warning(rows.note())
-    loss = SFT(distil)
+    loss, settings = SFT(distil), spare_specials(model, settings)
     result = fit(model, rows.rows, batch_of, loss, settings, folder, logger, count=loss.count, validate=validate, label=distil.mode)
     if distil.mode == "latent":
         counts = set(rows.counts)
         fixed = counts.pop() if len(counts) == 1 else None
         model.but(head_trained=not distil.mask_thought_labels, most_trained=max(rows.counts), fixed_count=fixed)
     return result, rows
+
+
+def spare_specials(model: AdaptiveModel, settings: TrainSettings) -> TrainSettings:
+    """Settings without weight decay on the special-token modules, where biases and norms are spared too (2B.5)."""
+    if not model.config.special or settings.decay_all:
+        return settings
+    return settings.but(groups=[*settings.groups, _SPARED])
 
 
 def fitting(resolved: Resolved, **changes: Any) -> TrainSettings:
@@ -213,4 +222,6 @@ def reinforce_length(
     columns = {"label": [answer for _, answer in asked], "prompt_id": list(range(len(asked)))}
     prompts = [ids for ids, _ in asked]
     rewards = rewards_of(how or LengthReward())
+    if model.config.special and not settings.decay_all:
+        settings = settings.but(groups=[*settings.groups, _SPARED])
     return reinforce(model, thinking, prompts, columns, rewards, settings, folder, logger, validate=validate)
