@@ -6,7 +6,7 @@ Axes: R rows, P prompt columns, C completion columns, T thoughts, D width.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -159,14 +159,20 @@ def train_rl(
     rule: str = "colar",
     punish_length: bool = False,
     reduction: str = "mean",
+    rewards: Mapping[Callable[..., Sequence[float]], float] | None = None,
     logger: Callable[..., None] | None = None,
     validate: Callable[[Any], dict[str, float]] | None = None,
 ) -> TrainResult:
-    """GRPO in place on `data` at one speed; a completion has room for `most` thoughts beside its answer."""
+    """GRPO in place on `data` at one speed; a completion has room for `most` thoughts beside its answer.
+
+    Args:
+        rewards: function -> weight, instead of `rewards_of(rule, punish_length)`.
+    """
     thinking = ColarThinking(model, most, reduction)
     if settings.beta:
         thinking.hold_reference()
     prompts = [[*model.prompt(example, speed), model.config.sep_id] for example in data]
     columns = {"gold": [example.answer for example in data]}
     model.backbone.get_input_embeddings().weight.requires_grad_(False)
-    return reinforce(model, thinking, prompts, columns, rewards_of(rule, punish_length), settings, folder, logger, validate=validate)
+    rewards = rewards or rewards_of(rule, punish_length)
+    return reinforce(model, thinking, prompts, columns, rewards, settings, folder, logger, validate=validate)
