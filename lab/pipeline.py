@@ -16,7 +16,7 @@ from lab import kernels, papers, runs
 from lab.errors import LabError, RunError, unknown
 from lab.files import make_folder, read_json, sketch_json
 from lab.pool import LIVE
-from lab.progress import Display, Terminal, clock
+from lab.progress import Display, clock, display
 from lab.records import fingerprint
 from lab.tables import number_text
 
@@ -207,7 +207,7 @@ class Live:
 
     def __init__(self, title: str, planned: list[papers.Planned], history: dict[str, float], show: Display | None = None) -> None:
         self.title, self.names, self.history = title, [step.step for step in planned], history
-        self.display = show or (Terminal() if sys.stderr.isatty() else Display())
+        self.display = show or display()
         self._cells, self._began = (0, 1), time.monotonic()
         self._wall: dict[str, float] = {}
         self._skipped: set[str] = set()

@@ -15,7 +15,7 @@ from typing import Any
 from lab import kernels
 from lab.errors import DeviceError, RunError
 from lab.files import read_json
-from lab.progress import Display, Terminal, clock
+from lab.progress import Display, clock, display
 
 LIVE = ".live.json"  # where a run says what it is doing
 
@@ -106,7 +106,7 @@ class Board:
 
     def __init__(self, title: str, tasks: list[Task], slots: int, show: Display | None = None) -> None:
         self.title, self.tasks, self.slots = title, tasks, slots
-        self.display = show or (Terminal() if sys.stderr.isatty() else Display())
+        self.display = show or display()
         self.failed: dict[str, str] = {}
         self._active: dict[str, float] = {}
         self._took: dict[str, float] = {}

@@ -37,7 +37,7 @@ class Progress:
 
     def __init__(self, label: str, total: int | None = None, show: "Display | None" = None) -> None:
         self.label, self.total, self.done, self.note = label, total, 0, ""
-        self._display = show or _display()
+        self._display = show or display()
         self._began = self._first = time.monotonic()
         self._offset = 0
 
@@ -143,17 +143,18 @@ class Notebook(Display):
         self._handle: Any = None
 
     def draw(self, text: str, force: bool = True) -> None:
-        from IPython.display import display
+        import IPython.display
 
         self._last = time.monotonic()
         bundle = {"text/plain": text}
         if self._handle is None:
-            self._handle = display(bundle, raw=True, display_id=True)
+            self._handle = IPython.display.display(bundle, raw=True, display_id=True)
         else:
             self._handle.update(bundle, raw=True)
 
     def end(self, text: str) -> None:
         self.draw(text)
+        self._handle = None
 
 
 def _width() -> int:
@@ -162,7 +163,8 @@ def _width() -> int:
     return 100
 
 
-def _display() -> Display:
+def display() -> Display:
+    """The display that fits where this process runs: a notebook's cell, a terminal, else the log."""
     if ipython := sys.modules.get("IPython"):
         shell = ipython.get_ipython()
         if shell is not None and getattr(shell, "kernel", None) is not None:

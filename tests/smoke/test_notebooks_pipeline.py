@@ -190,6 +190,8 @@ def test_a_notebook_may_run_a_recipe_itself(bench, fresh, tmp_path):
     outer.write_text(json.dumps(content))
     execute(outer, tmp_path / "out" / "outer.ipynb", {"data": str(tmp_path / "inner")})
     assert set(results_of(tmp_path / "inner")) == {"draw", "double"}
+    shown = ["".join(output["data"]["text/plain"]) for output in outputs_of(tmp_path / "out" / "outer.ipynb") if "data" in output]
+    assert any("draw 1/2 · done in" in text for text in shown) and any("double 2/2 · done in" in text for text in shown)
 
 
 def test_describing_a_run_starts_no_kernel(bench, monkeypatch):
