@@ -75,13 +75,9 @@ def test_the_update_repeats_the_rollout(model, share, temperature):
 
 
 def test_log_probabilities_of_any_ids_are_the_official_ones():
-    import lab
-    from lab.methods.adaptive.checkpoint import save_merged
-
     given = tensors("merged_and_grpo")
     ids, mask, said = given["grpo/input_ids"], given["grpo/attention_mask"], given["grpo/completion_ids"]
     model = lora_model().merge()
-    assert lab.load and save_merged
     width = said.shape[1]
     with torch.no_grad():
         logits = scores(model.thinker, ids, read_ids(model.thinker, ids, mask).last)[:, -width - 1 : -1]
