@@ -27,7 +27,7 @@ from lab.latent.draws import Keyed
 from lab.launch import on_main, rank, world_size
 from lab.optim import Group, Schedule, lr_factor
 from lab.stability import Guard, Recovery, Ring
-from lab.train import FACTS, METRICS, TrainResult
+from lab.train import FACTS, METRICS, TrainResult, check_tracker
 
 log = logging.getLogger(__name__)
 
@@ -202,6 +202,7 @@ def _check(model: nn.Module, prompts: Sequence, columns: Mapping[str, Sequence],
     for name, values in columns.items():
         if len(values) != len(prompts):
             raise DataError(f"Column {name!r} has {len(values)} values for {len(prompts)} prompts.")
+    check_tracker(s.report_to)
     if not rewards or not any(rewards.values()):
         raise SettingsError("Give at least one reward function with a weight other than 0.")
     if getattr(model.backbone, "is_activation_checkpointing", False):

@@ -194,14 +194,14 @@ def _check(model: nn.Module, dataset: Sequence[Any], loss: Callable, s: TrainSet
         if not hasattr(model, "gradient_checkpointing_enable"):
             raise SettingsError(f"{type(model).__name__} has no gradient checkpointing; set gradient_checkpointing to false.")
         model.gradient_checkpointing_enable()
-    if s.report_to != "none":
-        _check_tracker(s.report_to)
+    check_tracker(s.report_to)
 
 
-def _check_tracker(name: str) -> None:
+def check_tracker(name: str) -> None:
+    """SettingsError where `report_to` names a package that is not installed."""
     from importlib.util import find_spec
 
-    if find_spec(name) is None:
+    if name != "none" and find_spec(name) is None:
         raise SettingsError(f"report_to={name!r} needs a package that is not there; run: pip install {name} (or set report_to to none).")
 
 

@@ -253,3 +253,25 @@ def test_bad_input_is_answered_in_a_sentence(tmp_path):
     model.gate.gate_linear.weight.data.fill_(float("nan"))
     with pytest.raises(TrainingError, match="gates are NaN"):
         model.generate([[1, 2]], max_new_tokens=4)
+
+
+def test_a_tracker_that_is_not_there_is_named_before_anything_starts(tmp_path, monkeypatch):
+    import importlib.util
+
+    import lab.methods.dtt.trainer  # noqa: F401 - TRL looks for trackers when it is imported
+
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else there(name, *rest))
+    with pytest.raises(SettingsError, match="pip install wandb"):
+        trained(tmp_path, settings=SETTINGS.but(report_to="wandb"))
+
+
+def test_an_offline_wandb_run_holds_table_and_histograms(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed; it is asked for by report_to only")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    trained(tmp_path / "run", settings=SETTINGS.but(report_to="wandb", steps=1))
+    summary = dict(wandb.run.summary)
+    wandb.finish()
+    assert {"train/gate_histogram_overall", "train/examples", "train/reward"} <= summary.keys()
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))

@@ -42,28 +42,22 @@ def warm_up(model: SparseGatedModel, batch: Written) -> tuple[Tensor, dict[str, 
     return loss, {"ce": loss.detach()}
 
 
-def gated_warm_up(passes: int = 3, outside: float = 0.05, gate_weight: float = 0.0) -> Callable:
+def gated_warm_up(passes: int = 3, outside: float = 0.05) -> Callable:
     """The warm-up that makes open gates bearable (`dtt.md` 9.1): random hard gates, each pass reads the states of the one before.
 
     Args:
-        passes: the last one, the only one with gradient, is taught. outside: share of gates open where they should be closed.
-        gate_weight: of a cross-entropy that teaches the gates the span (0 = they learn in RL alone).
+        passes: the last one is taught, with gradient through all, so that states learn to be read.
+        outside: share of gates open where they should be closed.
     """
 
     def loss(model: SparseGatedModel, batch: Written) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
-            mask = random_gates(batch, outside)
-            h = read(model, batch)
-            for _ in range(passes - 2):
-                h = _forced(model, batch, h, mask)
-        h = _forced(model, batch, h.detach(), mask)
+        mask, h = random_gates(batch, outside), read(model, batch)
+        for _ in range(passes - 1):
+            h = _forced(model, batch, h, mask)
         ce = _written(model, h, batch)
-        if not gate_weight:
-            return ce, {"ce": ce.detach()}
-        logit, keep = model.gate.gate_linear(h)[..., 0].float(), batch.mask.bool()
-        taught = torch.nn.functional.binary_cross_entropy_with_logits(logit[keep], batch.inside[keep].float())
-        return ce + gate_weight * taught, {"ce": ce.detach(), "gate": taught.detach()}
+        return ce, {"ce": ce.detach()}
 
+    loss.feeds_back = True
     return loss
 
 
