@@ -66,6 +66,8 @@ def sweep(
     ] = [],  # noqa: B006
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time.")] = 1,
     devices: Annotated[str, typer.Option(help="CUDA devices, one slot each, as in 0,1,2,3.")] = "",
+    engine: Annotated[str, typer.Option(help="local, or slurm: a job for each run.")] = "local",
+    option: Annotated[list[str], typer.Option("--option", "-o", metavar="NAME=VALUE", help="What a Slurm job asks for.")] = [],  # noqa: B006
     folder: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The sweep's folder.")] = None,
     retries: Annotated[int, typer.Option(min=0, help="How often a run that failed is taken up again.")] = 0,
     timeout: Annotated[float | None, typer.Option(metavar="MINUTES", help="Stop a run that takes longer.")] = None,
@@ -74,9 +76,9 @@ def sweep(
     """Run a recipe over seeds and parameters, one process a run; the same command again takes up what is left."""
     from lab import sweep as sweeps
 
-    slots = [device for device in devices.split(",") if device]
+    out = folder or sweeps.sweep_folder(paper, recipe)
     seconds = 60 * timeout if timeout is not None else None
-    result = sweeps.run_sweep(paper, recipe, _overrides(values), jobs, slots, folder, retries, seconds)
+    result = sweeps.run_sweep(paper, recipe, _overrides(values), _engine(engine, out, jobs, devices, option), out, retries, seconds)
     _show(result.as_json(), result.text(), as_json)
     if result.failed:
         raise typer.Exit(1)
@@ -186,6 +188,20 @@ def doctor(as_json: AsJson = False) -> None:
 def _check_line(check: dict[str, Any]) -> str:
     mark, advice = ("ok", "") if check["ok"] else ("NO" if check["needed"] else "--", f"\n{'':14} {check['advice']}")
     return f"{mark} {check['name']:10} {check['found']}{advice}"
+
+
+def _engine(name: str, out: Path, jobs: int, devices: str, options: list[str]) -> Any:
+    import yaml
+
+    from lab import engines
+    from lab.errors import unknown
+
+    if name not in ("local", "slurm"):
+        raise unknown("engine", name, ["local", "slurm"])
+    if name == "local":
+        return engines.Local(jobs, [device for device in devices.split(",") if device])
+    asked = {key: yaml.safe_load(value) for key, value in _overrides(options).items()}
+    return engines.Cluster(out / ".jobs", jobs, asked)
 
 
 def _overrides(values: list[str]) -> dict[str, str]:

@@ -1,9 +1,6 @@
-"""A bounded pool of runs, one process each: a failed run never stops the others, and one line shows them all."""
+"""A bounded pool of runs: a failed one never stops the others, and one line shows them all."""
 
 import contextlib
-import os
-import queue
-import subprocess
 import sys
 import threading
 import time
@@ -12,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab import kernels
-from lab.errors import DeviceError, RunError
+from lab.engines import Engine
+from lab.errors import RunError
 from lab.files import read_json
 from lab.progress import Display, clock, display
 
@@ -33,72 +30,34 @@ class Task:
 
 
 def run_tasks(
-    title: str,
-    tasks: list[Task],
-    jobs: int = 1,
-    devices: list[str] | None = None,
-    retries: int = 0,
-    timeout_s: float | None = None,
-    show: Display | None = None,
+    title: str, tasks: list[Task], engine: Engine, retries: int = 0, timeout_s: float | None = None, show: Display | None = None
 ) -> dict[str, str]:
-    """Runs `tasks`, `jobs` at a time, or one per CUDA device of `devices`; returns {name: what went wrong} of those that failed.
+    """Runs `tasks` on `engine`; returns {name: what went wrong} of those that failed.
 
     A run that fails, or takes longer than `timeout_s` (and is stopped), is taken up again up to `retries` times. Every task must have
-    been planned before (see papers.plan): here a bad one fails alone. DeviceError if a device is not there.
+    been planned before (see papers.plan): here a bad one fails alone.
     """
-    check_devices(devices or [])
-    slots = devices or [""] * jobs
-    board = Board(title, tasks, len(slots), show)
-    free: queue.Queue[str] = queue.Queue()
-    for slot in slots:
-        free.put(slot)
-    threads = str(max(1, (os.cpu_count() or 1) // len(slots)))
+    board = Board(title, tasks, engine.slots, show)
 
     def one(task: Task) -> None:
-        device = free.get()
-        try:
-            with board.running(task):
-                board.failed |= _run(task, device, threads, retries, timeout_s)
-        finally:
-            free.put(device)
+        with board.running(task):
+            board.failed |= _run(task, engine, retries, timeout_s)
 
-    with kernels.server(), board, ThreadPoolExecutor(len(slots)) as pool:
+    with engine, board, ThreadPoolExecutor(engine.slots) as pool:
         list(pool.map(one, tasks))
     return board.failed
 
 
-def check_devices(devices: list[str]) -> None:
-    """DeviceError for a CUDA index this machine does not have."""
-    if not devices:
-        return
-    import torch
-
-    there = [str(index) for index in range(torch.cuda.device_count())]
-    if missing := [device for device in devices if device not in there]:
-        raise DeviceError(f"CUDA device {missing[0]} was asked for; this machine has {', '.join(there) or 'none'}.")
-
-
-def _run(task: Task, device: str, threads: str, retries: int, timeout_s: float | None) -> dict[str, str]:
+def _run(task: Task, engine: Engine, retries: int, timeout_s: float | None) -> dict[str, str]:
     """{} once an attempt ends well, else {name: the last attempt's message}."""
     lab = [sys.executable, "-m", "lab.cli", "--quiet", "run", task.paper, "--recipe", task.recipe]
     chosen = [part for name, value in task.overrides.items() for part in ("-p", f"{name}={value}")]
-    environment = {"OMP_NUM_THREADS": threads, **os.environ, **({"CUDA_VISIBLE_DEVICES": device} if device else {})}
     message = ""
     for _ in range(retries + 1):
-        message = _attempt([*lab, "--run", str(task.folder), "--resume", "--json", *chosen], environment, timeout_s)
+        message = engine.attempt([*lab, "--run", str(task.folder), "--resume", "--json", *chosen], timeout_s)
         if not message:
             return {}
     return {task.name: message}
-
-
-def _attempt(command: list[str], environment: dict[str, str], timeout_s: float | None) -> str:
-    try:
-        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        return f"stopped after {timeout_s:g} s"
-    if done.returncode == 0:
-        return ""
-    return (done.stderr.strip() or f"exit status {done.returncode}").removeprefix("lab: ").splitlines()[0]
 
 
 class Board:

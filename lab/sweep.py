@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 
 from lab import papers, provenance
+from lab.engines import Engine, Local
 from lab.errors import SettingsError
 from lab.files import make_folder, write_json
-from lab.pool import Task, check_devices, run_tasks
+from lab.pool import Task, run_tasks
 from lab.progress import Display
 from lab.records import results_of
 from lab.tables import rows_of, table_text
@@ -43,8 +44,7 @@ def run_sweep(
     paper: str,
     recipe: str,
     values: dict[str, str] | None = None,
-    jobs: int = 1,
-    devices: list[str] | None = None,
+    engine: Engine | None = None,
     folder: Path | None = None,
     retries: int = 0,
     timeout_s: float | None = None,
@@ -52,18 +52,16 @@ def run_sweep(
 ) -> SweepResult:
     """Runs every point of the grid and keeps going when one fails; finished points are skipped, broken ones taken up.
 
-    values: {parameter: texts separated by commas}, over the grid of the paper's sweeps.yaml, else five seeds. devices: CUDA indices,
-    one slot each (then jobs is their number). retries, timeout_s: see `run_tasks`. Everything is checked before the first run starts:
-    SettingsError, DeviceError.
+    values: {parameter: texts separated by commas}, over the grid of the paper's sweeps.yaml, else five seeds. engine: Local() unless
+    given. retries, timeout_s: see `run_tasks`. Everything is checked before the first run starts: SettingsError.
     """
     grid = _grid(paper, recipe, values or {})
     points = [dict(zip(grid, combination, strict=True)) for combination in itertools.product(*grid.values())]
     for point in points:
         papers.plan(paper, recipe, point)
-    check_devices(devices or [])
-    folder = make_folder((folder or provenance.outputs() / paper / f"sweep-{recipe}").resolve())
+    folder = make_folder((folder or sweep_folder(paper, recipe)).resolve())
     tasks = [Task(point_name(point), paper, recipe, point, folder / point_name(point)) for point in points]
-    failed = run_tasks(f"{paper} {recipe}", tasks, jobs, devices, retries, timeout_s, show)
+    failed = run_tasks(f"{paper} {recipe}", tasks, engine or Local(), retries, timeout_s, show)
     rows = rows_of((task.overrides, _result(task)) for task in tasks if task.name not in failed)
     result = SweepResult(folder, {task.name: task.folder for task in tasks}, failed, rows)
     write_json(folder / "sweep.json", result.as_json())
@@ -82,7 +80,7 @@ def run_demo(jobs: int, show: Display | None = None) -> SweepResult:
     for paper, about in wanted.items():
         papers.plan(paper, about["recipe"])
     tasks = [_demo_task(key, about) for key, about in wanted.items()]
-    failed = run_tasks("demo", tasks, jobs, show=show)
+    failed = run_tasks("demo", tasks, Local(jobs), show=show)
     rows = rows_of(({"paper": task.paper}, _result(task)) for task in tasks if task.name not in failed)
     return SweepResult(provenance.outputs(), {task.name: task.folder for task in tasks}, failed, rows)
 
@@ -94,6 +92,11 @@ def _demo_task(paper: str, about: dict[str, Any]) -> Task:
 
 def _result(task: Task) -> dict[str, Any]:
     return papers.result_of(task.paper, results_of(task.folder))
+
+
+def sweep_folder(paper: str, recipe: str) -> Path:
+    """Where a sweep lies unless told otherwise."""
+    return provenance.outputs() / paper / f"sweep-{recipe}"
 
 
 def point_name(point: dict[str, str]) -> str:

@@ -1,13 +1,14 @@
 """Sweeps: a process a run, one failing run among others, resumed by content, a table with intervals."""
 
-import contextlib
 import json
+import shutil
 
 import pytest
 
 from lab import pool, sweep
+from lab.engines import Cluster, Local
 from lab.errors import DeviceError, SettingsError
-from lab.records import StepRecord
+from lab.records import StepRecord, results_of
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +17,7 @@ def fresh(monkeypatch):
 
 
 def test_runs_go_side_by_side_a_failure_stands_alone_and_a_second_sweep_only_repairs(bench, outputs):
-    first = sweep.run_sweep("mini", "toy-claims", {"seed": "0", "fail": "false,true"}, jobs=2)
+    first = sweep.run_sweep("mini", "toy-claims", {"seed": "0", "fail": "false,true"}, Local(2))
     assert list(first.failed) == ["fail=true,seed=0"] and "asked to fail" in first.failed["fail=true,seed=0"]
     (row,) = [row for row in first.rows if row["step"] == "draw"]
     assert row["fail"] == "false" and row["total"]["mean"] == StepRecord(first.runs["fail=false,seed=0"] / "draw").results["total"]
@@ -26,13 +27,42 @@ def test_runs_go_side_by_side_a_failure_stands_alone_and_a_second_sweep_only_rep
     assert not second.failed and StepRecord(second.runs["fail=false,seed=0"] / "double").info["token"] == token
 
 
-def test_a_failed_run_is_taken_up_again_as_often_as_asked(monkeypatch, tmp_path):
-    outcomes = iter(["cell 3 failed", "cell 3 failed", ""])
-    monkeypatch.setattr(pool, "_attempt", lambda *_: next(outcomes))
-    monkeypatch.setattr(pool.kernels, "server", contextlib.nullcontext)
-    task = pool.Task("one", "mini", "toy", {}, tmp_path)
-    assert pool.run_tasks("t", [task], retries=1) == {"one": "cell 3 failed"}
-    assert pool.run_tasks("t", [task]) == {}
+class Scripted(Local):
+    """An engine whose attempts end as told."""
+
+    def __init__(self, outcomes):
+        super().__init__()
+        self.outcomes, self.commands = iter(outcomes), []
+
+    def attempt(self, command, timeout_s):
+        self.commands.append(command)
+        return next(self.outcomes)
+
+
+def test_a_failed_run_is_taken_up_again_as_often_as_asked(tmp_path):
+    task = pool.Task("one", "mini", "toy", {"seed": "3"}, tmp_path)
+    engine = Scripted(["cell 3 failed", "cell 3 failed", ""])
+    assert pool.run_tasks("t", [task], engine, retries=1) == {"one": "cell 3 failed"}
+    assert pool.run_tasks("t", [task], engine) == {}
+    assert all(command[-2:] == ["-p", "seed=3"] and "--resume" in command for command in engine.commands)
+
+
+def test_runs_become_jobs_of_a_cluster(bench):
+    pytest.importorskip("submitit", reason="the slurm extra is not installed: pip install -e '.[slurm]'")
+    out = sweep.sweep_folder("mini", "toy-claims")
+    engine = Cluster(out / ".jobs", 2, {"timeout_min": 5}, cluster="local")
+    result = sweep.run_sweep("mini", "toy-claims", {"seed": "0", "fail": "false,true"}, engine, out)
+    assert list(result.failed) == ["fail=true,seed=0"] and "asked to fail" in result.failed["fail=true,seed=0"]
+    assert set(results_of(result.runs["fail=false,seed=0"])) == {"draw", "double"}
+
+
+def test_a_cluster_that_is_not_there_or_an_option_it_does_not_know(tmp_path):
+    pytest.importorskip("submitit", reason="the slurm extra is not installed: pip install -e '.[slurm]'")
+    with pytest.raises(SettingsError, match="--option: "):
+        Cluster(tmp_path, 1, {"gpus": 3}, cluster="local")
+    if not shutil.which("srun"):
+        with pytest.raises(DeviceError, match="No slurm cluster can be reached"):
+            Cluster(tmp_path, 1, {})
 
 
 def test_the_time_left_follows_the_expected_times(tmp_path, monkeypatch):
@@ -70,7 +100,7 @@ def test_a_bad_point_is_refused_before_any_run(bench, outputs, values, words):
 
 def test_a_device_that_is_not_there_is_an_error_at_once(bench, outputs):
     with pytest.raises(DeviceError, match="CUDA device 99 was asked for"):
-        sweep.run_sweep("mini", "toy", {"seed": "0"}, devices=["99"])
+        sweep.run_sweep("mini", "toy", {"seed": "0"}, Local(devices=["99"]))
     assert not outputs.exists()
 
 
