@@ -185,6 +185,7 @@ class LatentGRPOTrainer(Guarded, GRPOTrainer):
             self._batch = {}
         self._measure(told[0], inputs)
         self.signals = {"rl/loss": self.signals.get("rl/loss", 0.0) + loss.detach()}
+        self._metrics["train"]["loss"].append(float(loss.detach()) * self.current_gradient_accumulation_steps)
         return loss
 
     def _measure(self, logps: Tensor, inputs: dict[str, Tensor]) -> None:
