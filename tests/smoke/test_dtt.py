@@ -275,3 +275,17 @@ def test_an_offline_wandb_run_holds_table_and_histograms(tmp_path, monkeypatch):
     wandb.finish()
     assert {"train/gate_histogram_overall", "train/examples", "train/reward"} <= summary.keys()
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_a_published_adapter_without_its_gate_says_so(tmp_path, caplog):
+    from safetensors.torch import load_file, save_file
+
+    model = made()
+    model.backbone.save_pretrained(tmp_path / "base")
+    model.add_lora(LoraSettings(rank=2, dropout=0.0, token_rows=False))
+    folder = export_adapter(model, tmp_path / "adapter")
+    kept = {key: value for key, value in load_file(folder / "adapter_model.safetensors").items() if "lora_" in key}
+    save_file(kept, folder / "adapter_model.safetensors", {"format": "pt"})
+    again = lab.load(folder, backbone=str(tmp_path / "base"))
+    assert "holds no gate and no projection" in caplog.text
+    assert again.config.bot_id == model.config.bot_id and again.gate.gate_linear.bias.item() == -3.0

@@ -191,3 +191,25 @@ def test_hrpo_reward_is_the_official_one():
     assert hrpo_reward("so 5\n#### 5", "5") == 1.0
     assert hrpo_reward("#### 5 #### 5", "5") == 0.0
     assert hrpo_reward("5", "5") == 0.0
+
+
+# ---- files ----
+
+
+def test_the_early_layout_loads_as_the_wrapped_one_does(dtt, tmp_path):
+    folder = tmp_path / "early"
+    folder.mkdir()
+    body = {f"model.{key}": value for key, value in dtt.backbone.state_dict().items()}
+    torch.save({**body, **dtt.gate.state_dict()}, folder / "pytorch_model.bin")
+    early = lab.load(folder, config=config(GPT2Config, "dtt_config.json"), eos_id=93)
+    ids = CASES["tf.input_ids"]
+    with torch.no_grad():
+        close(early(ids, torch.ones_like(ids)), dtt(ids, torch.ones_like(ids)), 1e-6)
+    assert (early.config.bot_id, early.config.eot_id, early.config.noise, early.config.hard) == (94, 95, "gumbel", True)
+
+
+def test_our_own_folder_round_trips(dtt, tmp_path):
+    again = lab.load(dtt.save(tmp_path / "own"))
+    assert again.config == dtt.config
+    for name, value in dtt.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name

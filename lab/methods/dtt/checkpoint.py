@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lab.errors import CheckpointError, SettingsError
 from lab.methods.coconut.checkpoint import ABOUT_BACKBONE, check_answers, end_id, tokenizer_from
 from lab.methods.codi.checkpoint import merged
@@ -96,9 +98,8 @@ def _from_adapter(folder: Path, kind: str, answers: dict[str, Any]) -> SparseGat
     base = load_backbone(_base(answers, about, folder))
     own = {_plain(key): value for key, value in state.items()}
     gate = {key: value for key, value in own.items() if kind and key.startswith(GATES[kind])}
-    _fold(
-        base, {key: value for key, value in own.items() if key not in gate}, answers.get("lora_alpha") or about["lora_alpha"], folder.name
-    )
+    adapters = {key: value for key, value in own.items() if key not in gate}
+    _fold(base, adapters, answers.get("lora_alpha") or about["lora_alpha"], folder.name, _tokenizer(answers, folder))
     found = HRPO_FOLDER.match(folder.name) if kind == "hrpo" else None
     known = {"temperature": float(found["T"])} if found else {}
     return _built(base, gate, kind or "dtt", folder, known | answers)
@@ -122,31 +123,41 @@ def _rank(body: State) -> int:
     return next(value.shape[0] for key, value in body.items() if ".lora_A." in key)
 
 
-def _fold(base, own: State, alpha: float, what: str) -> None:
-    """Adds adapters, and trained token rows, to the weights of `base`."""
-    rows = {key: own.pop(key) for key in list(own) if key.endswith(".token_adapter.trainable_tokens_delta")}
+def _fold(base, own: State, alpha: float, what: str, tokenizer: Any = None) -> None:
+    """Adds adapters, and trained token rows, to the weights of `base`, whose table grows to the tokens there are."""
+    rows = [own.pop(key) for key in list(own) if key.endswith(".token_adapter.trainable_tokens_delta")]
     indices = own.pop("token_indices", None)
-    table = max([i for i in indices.tolist()], default=-1) + 1 if indices is not None else 0
-    if table > base.get_input_embeddings().weight.shape[0]:
-        base.resize_token_embeddings(table, mean_resizing=False)
+    _grow(base, own, indices, tokenizer)
     before = {key: value.detach().clone() for key, value in base.state_dict().items()}
-    body = {f"base_model.model.{key}": value for key, value in {**before, **own}.items()}
-    state = merged(body, alpha)
+    state = merged({f"base_model.model.{key}": value for key, value in {**before, **own}.items()}, alpha)
     if extra := sorted(state.keys() - before.keys()):
         raise CheckpointError(f"{what} does not belong to this backbone: it has no weight {extra[0]!r}.")
     load_exact(base, state, what=what, allow_unexpected=BUFFERS)
-    for value in list(rows.values())[:1]:
+    for value in rows[:1]:
+        if indices is None:
+            raise CheckpointError(f"{what} holds trained token rows but does not say which tokens they are (token_indices).")
         base.get_input_embeddings().weight.data[indices] = value.to(base.dtype)
 
 
+def _grow(base, own: State, indices: Any, tokenizer: Any) -> None:
+    wanted = [0 if tokenizer is None else len(tokenizer), 0 if indices is None else int(indices.max()) + 1]
+    wanted += [value.shape[0] for key, value in own.items() if key.endswith(("wte.weight", "embed_tokens.weight"))]
+    if max(wanted) > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(max(wanted), mean_resizing=False)
+
+
 def _built(base, state: State, kind: str, folder: Path, answers: dict[str, Any]) -> SparseGatedModel:
-    tokenizer = tokenizer_from({k: v for k, v in answers.items() if k != "backbone"}, folder if folder.is_dir() else folder.parent)
+    tokenizer = _tokenizer(answers, folder)
     s = _settings(base.config, kind, tokenizer, answers)
     model = SparseGatedModel.build(base, tokenizer, s.model_dump(mode="json"), source=str(folder))
     gate = {key: value for key, value in state.items() if key.startswith(GATES[kind])}
     if gate:
         load_exact(model.gate, gate, what=f"{folder.name} (gate)")
     return model.eval()
+
+
+def _tokenizer(answers: dict[str, Any], folder: Path) -> Any:
+    return tokenizer_from({key: value for key, value in answers.items() if key != "backbone"}, folder if folder.is_dir() else folder.parent)
 
 
 def _settings(config, kind: str, tokenizer, answers: dict[str, Any]) -> GatedSettings:
@@ -176,8 +187,6 @@ def export_adapter(model: SparseGatedModel, folder: Path | str) -> Path:
     state = dict(get_peft_model_state_dict(model.backbone, save_embedding_layers=False))
     state |= {where + key: value for key, value in model.gate.state_dict().items()}
     if how.trainable_token_indices:
-        import torch
-
         state["base_model.model.token_indices"] = torch.tensor(next(iter(how.trainable_token_indices.values())))
     folder = Path(folder)
     with new_folder(folder) as temporary:
