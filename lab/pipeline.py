@@ -124,9 +124,16 @@ def describe(paper: str, recipe: str, overrides: Mapping[str, str] | None = None
         }
         for p in planned
     ]
-    found = importlib.util.find_spec(f"lab.methods.{paper}.plan") if importlib.util.find_spec(f"lab.methods.{paper}") else None
-    details = importlib.import_module(found.name).describe({p.step: p.values for p in planned}) if found else {}
+    details = _details(paper, {p.step: p.values for p in planned})
     return {"paper": paper, "recipe": recipe, "title": papers.pipeline(paper).title, "steps": steps, "details": details}
+
+
+def _details(paper: str, settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    name = f"lab.methods.{paper}"
+    if importlib.util.find_spec(name) is None or importlib.util.find_spec(f"{name}.plan") is None:
+        return {}
+    own = getattr(importlib.import_module(f"{name}.plan"), "describe", None)
+    return own(settings) if own else {}
 
 
 def describe_text(described: Mapping[str, Any]) -> str:

@@ -1,10 +1,11 @@
 """Every shipped recipe, step file, sweep and demo line is loaded and checked against the notebooks."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from lab import papers
+from lab import papers, pipeline
 from lab.parameters import parameters_of
 from lab.provenance import home
 from lab.sweep import _grid
@@ -37,6 +38,13 @@ def test_a_recipe_fits_its_notebooks(key, recipe):
     for step in planned:
         optional = {spec.step for spec in papers.pipeline(key).steps if spec.when}
         assert set(step.spec.needs) <= taking_part | optional
+
+
+@pytest.mark.parametrize(("key", "recipe"), RECIPES, ids=[f"{key}-{recipe}" for key, recipe in RECIPES])
+def test_a_dry_run_describes_every_recipe(key, recipe):
+    described = pipeline.describe(key, recipe)
+    assert json.loads(json.dumps(described))["steps"]
+    assert pipeline.describe_text(described).startswith(papers.pipeline(key).title)
 
 
 @pytest.mark.parametrize("key", KEYS)
