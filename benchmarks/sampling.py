@@ -2,10 +2,10 @@
 
     python benchmarks/sampling.py [--sizes mid,tiny] [--repeat 5] [--only samples,scoring]
 
-Floors (1.00 = as fast as): samples, transformers' own forward with its cache, each question read once, the cache repeated N times, one batched
-step a thought and an answer token (thoughts fed back with noise, greedy answers through the vocabulary head); scoring, the same model
-reading L + N·T positions, the prompt once and the thoughts of all samples in one call over the repeated cache. What the released code does
-(every sample reads its own prompt; the reward model re-reads prompt, thoughts and answer) stands in the last column.
+Floors (1.00 = as fast as): samples, transformers' own forward with its cache: each question is read once, the cache repeated N times,
+then one batched step a thought and an answer token (thoughts fed back with noise, greedy answers); scoring, the same model reading
+L + N·T positions: the prompt once, then the thoughts of all samples in one call over the repeated cache. What the released code
+does (every sample reads its own prompt; the reward model re-reads prompt, thoughts and answer) stands in the last column.
 """
 
 import argparse
