@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.errors import RunError
-from lab.files import make_folder, write_text
+from lab.files import make_folder, write_text, writing
 
 log = logging.getLogger(__name__)
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -36,11 +36,12 @@ def execute(
     Raises CellFailed if a cell raises, RunError if the kernel dies, KeyboardInterrupt if it was stopped; what ran before stays in `output`.
     """
     make_folder(output.parent)
-    try:
-        _papermill(notebook, output, parameters, on_cell, manager)
-    finally:
-        if output.exists():
-            to_html(output)
+    with writing(output):
+        try:
+            _papermill(notebook, output, parameters, on_cell, manager)
+        finally:
+            if output.exists():
+                to_html(output)
     return output
 
 

@@ -181,6 +181,22 @@ def test_two_commands_on_one_folder(bench, tmp_path):
         first.wait()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_disk_that_fills_up_stops_the_run_with_a_sentence_and_more_space_lets_it_go_on(bench, fresh, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this machine does not allow mounting a tmpfs")
+    try:
+        with pytest.raises(runs.RunError, match="no space is left on the disk; free some, then continue with --resume"):
+            run_recipe("mini", "toy", folder=disk / "run")
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        run_recipe("mini", folder=disk / "run", resume=True)
+        assert set(results_of(disk / "run")) == {"draw", "double"}
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
 def test_a_notebook_may_run_a_recipe_itself(bench, fresh, tmp_path):
     notebook = bench / "notebooks" / "mini" / "1_draw.ipynb"
     content = json.loads(notebook.read_text())
