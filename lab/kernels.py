@@ -20,8 +20,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from lab.errors import RunError
+
 PRELOAD = ("ipykernel.kernelapp", "IPython.display", "ipywidgets", "pandas", "torch", "transformers.trainer", "matplotlib.pyplot")
 SOCKET = "LAB_WARM"
+_GONE = "The process that starts kernels has ended (its words are above); LAB_WARM=0 starts them without it."
 INLINE = "module://matplotlib_inline.backend_inline"
 
 
@@ -88,7 +91,10 @@ class ForkedProcess:
         request = {"argv": argv, "cwd": str(cwd), "env": env, "log": str(log_file)}
         self._socket.sendall(json.dumps(request).encode() + b"\n")
         self._lines = self._socket.makefile("r")
-        self.pid = int(self._lines.readline())
+        answer = self._lines.readline()
+        if not answer:
+            raise RunError(_GONE)
+        self.pid = int(answer)
 
     def poll(self) -> int | None:
         """The exit status, or None while it runs."""
@@ -118,17 +124,17 @@ class ForkedProcess:
         self.send_signal(signal.SIGTERM)
 
 
-def _connect(path: str, seconds: float = 120.0) -> socket.socket:
+def _connect(path: str, seconds: float = 20.0) -> socket.socket:
     end = time.monotonic() + seconds
     while True:
         connection = socket.socket(socket.AF_UNIX)
         try:
             connection.connect(path)
             return connection
-        except (FileNotFoundError, ConnectionRefusedError):
+        except OSError as error:
             connection.close()
-            if time.monotonic() > end:
-                raise
+            if isinstance(error, ConnectionRefusedError) or time.monotonic() > end:
+                raise RunError(_GONE) from None
             time.sleep(0.05)
 
 
@@ -136,8 +142,9 @@ def serve(path: str) -> None:
     """Imports the packages, then forks a kernel for each connection until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(path)
+    listener.bind(f"{path}.new")
     listener.listen(64)
+    os.rename(f"{path}.new", path)  # there only once it listens
     for name in PRELOAD:
         import_module(name)
     children: dict[socket.socket, int] = {}

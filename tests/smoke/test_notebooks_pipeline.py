@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -179,6 +180,14 @@ def test_two_commands_on_one_folder(bench, tmp_path):
     finally:
         first.kill()
         first.wait()
+
+
+def test_without_the_process_that_starts_kernels_a_run_says_so(bench, tmp_path, monkeypatch):
+    gone = socket.socket(socket.AF_UNIX)
+    gone.bind(str(tmp_path / "socket"))
+    monkeypatch.setenv("LAB_WARM", str(tmp_path / "socket"))
+    with pytest.raises(StepFailed, match="process that starts kernels has ended .* LAB_WARM=0"):
+        run_recipe("mini", "toy")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
