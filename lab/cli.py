@@ -53,7 +53,7 @@ def run(
         _show(described, pipeline.describe_text(described), as_json)
         return
     done = pipeline.run_recipe(paper, recipe or None, overrides, folder, resume, from_step or None)
-    page = report.write([done], done / "report.html")
+    page = done / pipeline.REPORT
     _show({"run": str(done), "report": str(page)}, f"{report.text([done])}\n\nreport: {page}", as_json)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lab import kernels, papers, runs
+from lab import kernels, papers, report, runs
 from lab.errors import LabError, RunError, unknown
 from lab.files import make_folder, read_json, sketch_json
 from lab.pool import LIVE
@@ -21,6 +21,7 @@ from lab.records import fingerprint
 from lab.tables import number_text
 
 log = logging.getLogger(__name__)
+REPORT = "report.html"
 PROGRESS = ".progress.json"  # where a kernel writes the state of its loop
 
 
@@ -63,6 +64,7 @@ def run_recipe(
         raise Interrupted(f"Stopped. Everything so far is kept; go on with: {_go_on(run)}") from None
     finally:
         run.close()
+    report.write([run.folder], run.folder / REPORT)
     return run.folder
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lab import kernels, papers, report, runs
+from lab import kernels, papers, runs
 from lab.pipeline import run_recipe
 
 
@@ -28,5 +28,4 @@ def test_the_smoke_recipe_runs_from_end_to_end(key, tmp_path):
     wanted = papers.pipeline(key).result
     assert wanted and runs.open_run(folder).step(wanted).results, "the step that holds the result has a headline"
     assert any(step.files("figures", "*.svg") or step.files("views", "*.html") for step in steps), "something to look at"
-    page = report.write([folder], tmp_path / "report.html")
-    assert page.stat().st_size < 5_000_000
+    assert 10_000 < (folder / "report.html").stat().st_size < 5_000_000
