@@ -207,3 +207,35 @@ def test_trace_tells_thoughts_and_candidates():
     assert first["norm"].iloc[:2].gt(0).all() and first["norm"].iloc[2:].isna().all()
     roles = trace.tokens[(trace.tokens["question"] == 1) & (trace.tokens["sample"] == 0)]["role"].tolist()
     assert roles.count("thought") == 2 and roles.index("thought") > roles.index("prompt")
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_rows_with_different_numbers_of_thoughts_share_a_batch(arch: str):
+    model = fresh(arch, c_thought=1, max_latent_stage=3, stage=9, pad_latent_to_max=False)
+    ragged = [Example(str(i), "q " * (1 + 3 * i), tuple("s" * i), "1") for i in (0, 3, 1, 5, 2)]
+    together = generate(model, ragged, max_new_tokens=6, vectors=True)
+    assert [row.thoughts for row in together.rows] == [3, 3, 1, 3, 2]  # without written steps nothing says how many: as many as stages
+    for index, example in enumerate(ragged):
+        alone = generate(model, [example], max_new_tokens=6, vectors=True)
+        assert alone.rows[0].ids == together.rows[index].ids
+        torch.testing.assert_close(alone.vectors[0], together.vectors[index], atol=1e-5, rtol=1e-5)
+
+
+def test_samples_share_their_prompt_and_do_not_depend_on_the_batch():
+    from lab.latent.sampling import Sampling
+
+    model = fresh(c_thought=1, stage=2, max_latent_stage=2)
+    ask = dict(sampling=Sampling(temperature=1.0), max_new_tokens=5, seed=3)
+    many = generate(model, EXAMPLES[:3], samples=6, batch=64, **ask)
+    few = generate(model, EXAMPLES[:3], samples=2, batch=2, **ask)
+    chosen = [row.ids for row in many.rows if row.sample < 2]
+    assert chosen == [row.ids for row in few.rows] and len({tuple(row.ids) for row in many.rows[:6]}) > 1
+    later = generate(model, EXAMPLES[2:3], samples=2, first=2, **ask)
+    assert [row.ids for row in later.rows] == chosen[4:] and later.rows[0].question == 2
+
+
+def test_gradient_checkpointing_is_refused(tmp_path: Path):
+    model = fresh(c_thought=1)
+    kept = prepare(EXAMPLES, model.tokenizer).rows
+    with pytest.raises(SettingsError, match="fed back"):
+        train(model, kept, kept, Schedule(epochs=1), small(gradient_checkpointing=True), tmp_path)
