@@ -124,11 +124,13 @@ class Board:
         return sum(guesses) / self.slots  # type: ignore[arg-type]
 
     def _left_of(self, task: Task, whole: float | None) -> float | None:
-        """Of a run that should take `whole` seconds: what is left by the clock, or by its own account where that is more."""
+        """Of a run that should take `whole` seconds: what is left by the clock, by its own account, or at its speed once it is overdue."""
         if whole is None or task.name not in self._active:
             return whole
         spent = time.monotonic() - self._active[task.name]
-        return max(whole - spent, whole * (1 - _live(task).get("share", 0.0)))
+        share = _live(task).get("share", 0.0)
+        overdue = spent / share - spent if share and spent > whole else 0.0
+        return max(whole - spent, whole * (1 - share), overdue)
 
 
 def _live(task: Task) -> dict[str, Any]:
