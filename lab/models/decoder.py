@@ -71,6 +71,7 @@ class Decoder:
         self.final_norm = norm(family.final_norm(self.stem))
         self.head = affine(self.model.get_output_embeddings())
         self.table = self.model.get_input_embeddings()
+        self.look_up = lookup(self.table)
         self.enter, self.rope = family.enter(self.stem), Rope(self.stem.rotary_emb) if hasattr(self.stem, "rotary_emb") else None
         self.shape = Shape.of(self.config)
 
@@ -116,7 +117,7 @@ class Decoder:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings of `ids`, (…,) -> (…, D)."""
-        return self.table(ids)
+        return self.look_up(ids)
 
     def logits(self, h: Tensor) -> Tensor:
         """Vocabulary logits of hidden states after the final norm, (…, D) -> (…, V)."""
@@ -223,6 +224,12 @@ def affine(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return module
 
 
+def lookup(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The fastest exact call of an embedding: its raw weights where it is a plain table, the module itself otherwise."""
+    plain = type(module) is nn.Embedding and module.max_norm is None and module.padding_idx is None
+    return (lambda ids: F.embedding(ids, module.weight)) if plain else module
+
+
 def _conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
 
@@ -278,7 +285,8 @@ class GPT2Family:
 
     @staticmethod
     def enter(stem):
-        return lambda x, pos, call: call.drop(x + stem.wpe(pos), stem.drop.p, "embedding", -1)
+        place = lookup(stem.wpe)
+        return lambda x, pos, call: call.drop(x + place(pos), stem.drop.p, "embedding", -1)
 
 
 class LlamaFamily:

@@ -17,6 +17,7 @@ from lab.latent.draws import Draws, Stream
 from lab.latent.policy import Phase, Policy, Rows
 
 SITES = ("embedding", "attention", "mlp")
+AHEAD = 1 << 18  # most numbers drawn in advance
 
 
 class Noise(Settings):
@@ -74,9 +75,21 @@ class Noisy:
 
     def __init__(self, policy: Policy, noise: Noise):
         self._policy, self._noise = policy, noise
+        self._ahead: Tensor | None = None
+        self._loop: object = None
 
     def __getattr__(self, name: str):
         return getattr(self._policy, name)
+
+    def begin(self, rows: Rows) -> None:
+        """Draws the noise of all thoughts at once where their number is known and it is little: the same numbers in fewer calls."""
+        self._policy.begin(rows)
+        count, (total, width) = getattr(self._policy, "count", None), rows.h.shape
+        self._ahead, self._loop = None, rows.write
+        if isinstance(count, int) and count and rows.draws is not None and count * total * width <= AHEAD:
+            place = torch.arange(total * count, device=rows.h.device)
+            draws = rows.draws.select(place % total)
+            self._ahead = draws.normal(place // total, Stream.THOUGHT, (width,)).view(count, total, width)
 
     def thought(self, rows: Rows) -> Tensor:
         """(R, D) the noisy thought of each row."""
@@ -88,8 +101,13 @@ class Noisy:
         return thought
 
     def _disturb(self, x: Tensor, rows: Rows) -> Tensor:
-        eps = rows.draws.normal(rows.thoughts, Stream.THOUGHT, (x.shape[-1],))
-        scale = x.float().pow(2).mean(-1, keepdim=True).sqrt() if self._noise.relative else 1.0
+        if self._ahead is not None and rows.write is self._loop:
+            eps = self._ahead[rows.thoughts, rows.index]
+        else:
+            eps = rows.draws.normal(rows.thoughts, Stream.THOUGHT, (x.shape[-1],))
+        if not self._noise.relative:
+            return (x.float() + self._noise.sigma * eps).to(x.dtype)
+        scale = x.float().pow(2).mean(-1, keepdim=True).sqrt()
         return (x.float() + self._noise.sigma * scale * eps).to(x.dtype)
 
 
