@@ -289,3 +289,17 @@ def test_a_published_adapter_without_its_gate_says_so(tmp_path, caplog):
     again = lab.load(folder, backbone=str(tmp_path / "base"))
     assert "holds no gate and no projection" in caplog.text
     assert again.config.bot_id == model.config.bot_id and again.gate.gate_linear.bias.item() == -3.0
+
+
+def test_hrpo_trains_with_the_same_trainer(tmp_path):
+    settings = SETTINGS.but(steps=1, temperature=0.5, beta=0.005)
+    result, _ = trained(tmp_path, made("qwen3", gate="hrpo", r_min=0.2, r_max=0.6), settings)
+    assert result.row["logp_gap"] <= 1e-4 and "rewards/gate_sparsity/mean" not in result.row
+    assert 0 < result.row["gate/mean"] < 1
+
+
+def test_completions_of_one_token_have_no_gate_and_no_span(tmp_path, caplog):
+    result, model = trained(tmp_path, settings=SETTINGS.but(longest=1, steps=1))
+    assert "Warm the model up on that format first" in caplog.text
+    assert result.row["rewards/gate_sparsity/mean"] == -1.0 and result.row["logp_gap"] <= 1e-4
+    assert all(p.isfinite().all() for p in model.parameters())

@@ -142,6 +142,7 @@ class SparseGatedModel(LatentModel):
         LatentModel._write(whole, folder, "" if self.has_lora else backbone_name)
 
     def __deepcopy__(self, memo: dict) -> "SparseGatedModel":
+        self.gate.seen = None
         copied = type(self)(
             copy.deepcopy(self.backbone, memo), self.tokenizer, dict(self.settings), copy.deepcopy(self.parts, memo), self.source
         )

@@ -32,8 +32,9 @@ def _after_prompt(value: Tensor, wide: int) -> Tensor:
 
 
 def seen_gates(model: SparseGatedModel, wide: int) -> tuple[Tensor, Tensor]:
-    """(gates, logits) of the last gated forward at the written columns, (R, C − 1) each."""
-    return model.gate.seen.gate[:, wide:], model.gate.seen.logit[:, wide:]
+    """(gates, logits) of the last gated forward at the written columns, (R, C − 1) each; the gate forgets them."""
+    seen, model.gate.seen = model.gate.seen, None
+    return seen.gate[:, wide:], seen.logit[:, wide:]
 
 
 def warm_up(model: SparseGatedModel, batch: Written) -> tuple[Tensor, dict[str, Tensor]]:

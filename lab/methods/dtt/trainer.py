@@ -52,9 +52,15 @@ class CustomGRPOTrainer(LatentGRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         loss = super()._compute_loss(model, inputs)
         if self.thinking.credit == "pathwise":
-            loss = loss + self.thinking.how.weight * self.thinking.error.mean() / self.current_gradient_accumulation_steps
+            term = (self.thinking.error / self._length(inputs["completion_mask"])).mean()
+            loss = loss + self.thinking.how.weight * term / self.current_gradient_accumulation_steps
         self._metrics["train"]["loss"].append(float(loss.detach()) * self.current_gradient_accumulation_steps)
         return loss
+
+    def _length(self, mask: Tensor) -> Tensor | float:
+        """What the loss type divides a row's sum over tokens by; the gate's credit is divided by the same, so that they stay in proportion."""
+        lengths = mask.sum(1).clamp(min=1).float()
+        return {"grpo": lengths, "dr_grpo": float(self.s.longest)}.get(self.s.loss_type, lengths.mean())
 
     # ---- monitoring ----
     def _note_gates(self, inputs: list, ids: list[list[int]], rewards: Tensor) -> None:
