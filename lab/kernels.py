@@ -3,6 +3,7 @@
 A fresh kernel spends seconds importing torch and transformers; a forked one starts in a tenth of a second and shares their memory.
 The server holds no device and no thread pool when it forks; a kernel ends with the connection that asked for it, so nothing
 survives a killed `lab run`. Used on Linux only, and not when LAB_WARM=0; elsewhere kernels start fresh, with the same results.
+`python benchmarks/notebooks.py` measures it: a step that does nothing but import costs 0.09 of the bare imports (fresh kernel: 0.82).
 """
 
 import contextlib
