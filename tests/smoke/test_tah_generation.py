@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 import lab.models.layouts as layouts
 from lab.errors import DataError, SettingsError
-from lab.methods.tah.deciders import AlwaysDecider, NeverDecider
+from lab.methods.tah.config import OracleSettings
+from lab.methods.tah.deciders import AlwaysDecider, NeverDecider, OracleDecider, Seen
 from lab.methods.tah.model import TahModel
 from lab.methods.tah.policy import OFFICIAL, decider_for_policy, decode, generate
 from lab.methods.tah.reference import Reference
@@ -110,6 +111,23 @@ def test_the_oracle_continues_where_the_reference_disagrees(model):
             first = model(ids, decider=one, return_logits=True).logits.argmax(-1)
             assert model(ids, decider=decider).iterations[0, :-1].tolist() == row.iterations[:-1]
         assert row.iterations[:-1] == (1 + (first != reference.tokens(ids)).long())[0, :-1].tolist()
+
+
+def test_the_oracle_of_a_recipe_loads_its_reference(model, tmp_path):
+    changed(model).save_pretrained(tmp_path)
+    kwargs = {"eval_iter_decider": "OracleDynamicIterDecider", "eval_iter_decider_kwargs": {"model": str(tmp_path)}}
+    named = generate(model.reconfigure(**kwargs).eval(), PROMPTS, max_new_tokens=6)
+    given = generate(model, PROMPTS, policy="oracle", reference=Reference(changed(model)), max_new_tokens=6)
+    assert [row.ids for row in named.rows] == [row.ids for row in given.rows] and named.passes_per_token == given.passes_per_token > 1
+
+
+def test_an_oracle_errs_at_the_rates_it_is_given(model):
+    settings = OracleSettings(max_iter=2, false_positive_rate=0.3, false_negative_rate=0.2)
+    n, decider = 20000, OracleDecider(settings)
+    wrong = torch.arange(n) % 2 == 0
+    again, _ = decider(Seen(1, n, guess=wrong.long(), wanted=torch.zeros(n, dtype=torch.long)))
+    assert float(again[wrong].float().mean()) == pytest.approx(0.8, abs=0.02)
+    assert float(again[~wrong].float().mean()) == pytest.approx(0.3, abs=0.02)
 
 
 def test_rows_do_not_wait_for_each_other(model):

@@ -107,16 +107,26 @@ class OracleDecider(Decider):
     Args:
         settings: error rates to imitate: `false_positive_rate` of the right tokens continue all the same,
             `false_negative_rate` of the wrong ones stop.
-        reference: gives the reference model's greedy next token (see `reference.py`); None in training forwards where
-            `wanted` is handed over.
+        reference: gives the reference model's greedy next token (see `reference.py`); None = `settings.model`, loaded when
+            first asked, or nothing where `wanted` is handed over.
     """
 
     guesses = True
 
     def __init__(self, settings: OracleSettings, reference=None):
         super().__init__()
-        self.settings, self.reference, self.max_iter = settings, reference, settings.max_iter or 2
+        self.settings, self._reference, self.max_iter = settings, reference, settings.max_iter or 2
         self.random = torch.Generator().manual_seed(settings.seed)
+
+    @property
+    def reference(self):
+        """The reference model, or None where the settings name none."""
+        if self._reference is None and self.settings.model:
+            from lab.methods.tah.reference import Reference
+            from lab.models.backbones import load_backbone
+
+            self._reference = Reference(load_backbone(self.settings.model, dtype="auto"))
+        return self._reference
 
     def again(self, seen: Seen, logit: Tensor) -> Tensor:
         if seen.depth > 1:
