@@ -50,17 +50,16 @@ class CustomGRPOTrainer(LatentGRPOTrainer):
         return varied.repeat_interleave(self.s.samples)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """TRL's loss and the gate's own credit.
+
+        The credit is not divided by the row's length as TRL's token sums are: divided alike, it is the exact missing part of the
+        gradient, but the gate then follows the noise of the tokens' luck and one toy seed of three collapsed.
+        """
         loss = super()._compute_loss(model, inputs)
         if self.thinking.credit == "pathwise":
-            term = (self.thinking.error / self._length(inputs["completion_mask"])).mean()
-            loss = loss + self.thinking.how.weight * term / self.current_gradient_accumulation_steps
+            loss = loss + self.thinking.how.weight * self.thinking.error.mean() / self.current_gradient_accumulation_steps
         self._metrics["train"]["loss"].append(float(loss.detach()) * self.current_gradient_accumulation_steps)
         return loss
-
-    def _length(self, mask: Tensor) -> Tensor | float:
-        """What the loss type divides a row's sum over tokens by; the gate's credit is divided by the same, so that they stay in proportion."""
-        lengths = mask.sum(1).clamp(min=1).float()
-        return {"grpo": lengths, "dr_grpo": float(self.s.longest)}.get(self.s.loss_type, lengths.mean())
 
     # ---- monitoring ----
     def _note_gates(self, inputs: list, ids: list[list[int]], rewards: Tensor) -> None:
