@@ -194,7 +194,7 @@ class _Loop:
         self.rows = Rows(index, h, pos, zeros + int(policy.start), made, zeros, zeros, draws, self.notes)
         self.total, self.steps, self.row_steps, self.answered = count, 0, 0, False
         self.made = 0 if thoughts is None else int(thoughts.max())
-        self.counts, self.lengths, self.finish = zeros.clone(), zeros.clone(), zeros.clone()
+        self.counts, self.said = zeros.clone(), zeros.clone()
         self.capped = torch.zeros(count, dtype=torch.bool, device=h.device)
         policy.begin(self.rows)
 
@@ -263,12 +263,14 @@ class _Loop:
         stopped = self.policy.stopped(token, rows)
         rows.note("token", torch.where(stopped, -1, token))
         x, said = self.policy.read(token, rows), rows.said + 1
-        full = said >= self.budget.answer
-        self.lengths[rows.index], self.finish[rows.index] = said - stopped.long(), (full & ~stopped).long()
+        ended = stopped | (said >= self.budget.answer)
         again = self.policy.resumes(token, rows)
         self._count("said", at)
-        after = torch.full_like(said, int(Phase.ANSWER)) if again is None else torch.where(again, int(Phase.THINK), int(Phase.ANSWER))
-        self._move(at, torch.where(stopped | full, int(Phase.DONE), after))
+        if again is None:
+            self._move(at, ended + int(Phase.ANSWER))  # DONE follows ANSWER
+        else:
+            after = torch.where(again, int(Phase.THINK), int(Phase.ANSWER))
+            self._move(at, torch.where(ended, int(Phase.DONE), after))
         return x
 
     def _move(self, at, phase: Tensor) -> None:
@@ -288,7 +290,7 @@ class _Loop:
         done = self.rows.phase == Phase.DONE
         finished = int(done.sum())
         if finished and (finished == len(done) or finished >= self.compact * len(done)):
-            self.counts[self.rows.index] = self.rows.thoughts
+            self.counts[self.rows.index], self.said[self.rows.index] = self.rows.thoughts, self.rows.said
             if finished == len(done):
                 return None
             live = (~done).nonzero()[:, 0]
@@ -297,7 +299,9 @@ class _Loop:
 
     def _result(self) -> Rollout:
         tokens = self.notes.table("token", self.total, -1)
+        lengths = (tokens >= 0).sum(1)
+        finish = (lengths == self.said).long()  # a stop token is counted as said and not kept
         notes = {name: self.notes.table(name, self.total) for name in self.notes.names if name not in ("token", "thoughts")}
         thoughts = self.notes.table("thoughts", self.total, 0.0)
         notes = {name: value for name, value in notes.items() if value is not None}
-        return Rollout(tokens, self.lengths, self.finish, self.counts, self.capped, thoughts, notes, self.steps, self.row_steps)
+        return Rollout(tokens, lengths, finish, self.counts, self.capped, thoughts, notes, self.steps, self.row_steps)
