@@ -60,7 +60,7 @@ def run(
 @app.command()
 def sweep(
     paper: Paper,
-    recipe: Recipe = "toy-claims",
+    recipe: Annotated[str, typer.Option("--recipe", "-R", help="A recipe of the paper.")] = "toy-claims",
     values: Annotated[
         list[str], typer.Option("-p", metavar="NAME=V1,V2", help="Values to go through (default: the paper's sweeps.yaml).")
     ] = [],  # noqa: B006

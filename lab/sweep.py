@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
-from lab import papers, provenance
+from lab import papers, provenance, report
 from lab.engines import Engine, Local
 from lab.errors import SettingsError
 from lab.files import make_folder, write_json
+from lab.pipeline import REPORT
 from lab.pool import Task, run_tasks
 from lab.progress import Display
 from lab.records import results_of
@@ -37,6 +38,7 @@ class SweepResult:
         """The table, then what failed and why."""
         lines = [table_text(self.rows), f"\n{len(self.runs) - len(self.failed)} of {len(self.runs)} runs done in {self.folder}"]
         lines += [f"failed: {name}: {message}" for name, message in self.failed.items()]
+        lines += [f"report: {path}"] if (path := self.folder / REPORT).exists() else []
         return "\n".join(lines)
 
 
@@ -65,6 +67,7 @@ def run_sweep(
     rows = rows_of((task.overrides, _result(task)) for task in tasks if task.name not in failed)
     result = SweepResult(folder, {task.name: task.folder for task in tasks}, failed, rows)
     write_json(folder / "sweep.json", result.as_json())
+    report.write([path for name, path in result.runs.items() if name not in failed], folder / REPORT)
     return result
 
 

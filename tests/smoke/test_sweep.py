@@ -22,6 +22,7 @@ def test_runs_go_side_by_side_a_failure_stands_alone_and_a_second_sweep_only_rep
     (row,) = [row for row in first.rows if row["step"] == "draw"]
     assert row["fail"] == "false" and row["total"]["mean"] == StepRecord(first.runs["fail=false,seed=0"] / "draw").results["total"]
     assert json.loads((first.folder / "sweep.json").read_text())["failed"] == first.failed
+    assert "fail=false" in (first.folder / "report.html").read_text() and "report: " in first.text()
     token = StepRecord(first.runs["fail=false,seed=0"] / "double").info["token"]
     second = sweep.run_sweep("mini", "toy-claims", {"seed": "0", "fail": "false"})
     assert not second.failed and StepRecord(second.runs["fail=false,seed=0"] / "double").info["token"] == token
