@@ -9,13 +9,14 @@ plain forward; pruning, the naive loop that removes each layer and measures agai
 
 import argparse
 import copy
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import DynamicCache
@@ -170,9 +171,14 @@ def memory_child(size: str, which: str) -> None:
     small = {name: value[:1, :8] for name, value in batch.items()}
     step = step1_ours if which == "ours" else step1_plain
     step(model, small)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     step(model, batch)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(high_water() - before)
+
+
+def high_water() -> float:
+    """Peak resident MiB of this process; ru_maxrss would count the parent's memory, which a fork inherits."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def bench_step2(model: TahModel, size: str, repeat: int) -> None:
