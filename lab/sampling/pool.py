@@ -12,7 +12,7 @@ import torch
 
 from lab import files
 from lab.data.examples import Example
-from lab.errors import RunError, SettingsError
+from lab.errors import DataError, RunError, SettingsError
 from lab.models.latent_model import LatentModel
 from lab.progress import Progress
 from lab.sampling.records import Asked, Layout, read_folder, write
@@ -189,3 +189,31 @@ def _thoughts(question: Asked, scores: torch.Tensor | None) -> list[dict[str, An
             value = float("nan") if scores is None else float(scores[i, step])
             rows.append({"question": question.number, "sample": i, "step": step, "norm": norm, "score": value})
     return rows
+
+
+class Evaluated(Pool):
+    """The answers of an evaluation of any method (`lab.evaluate` with repeat=N), for votes and coverage; it holds no thoughts.
+
+    Raises DataError where the questions have different numbers of samples.
+    """
+
+    def __init__(self, folder: Path | str):
+        from lab.evaluate import read_samples
+
+        super().__init__(folder)
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for row in read_samples(folder):
+            groups.setdefault(row["id"], []).append(row)
+        sizes = {len(rows) for rows in groups.values()}
+        if len(sizes) != 1:
+            raise DataError(f"{folder} has {sorted(sizes) or 'no'} samples a question; run the evaluation to its end.")
+        self._asked = [_evaluated(number, rows) for number, rows in enumerate(groups.values())]
+        self.facts = {"n": sizes.pop(), "questions": len(groups)}
+
+
+def _evaluated(number: int, rows: list[dict[str, Any]]) -> Asked:
+    count, right = len(rows), torch.tensor([row["is_correct"] for row in rows])
+    facts = {"id": rows[0]["id"], "question": rows[0]["problem"], "gold": rows[0]["correct_answer"]}
+    asked = Asked(number, [], torch.zeros(count, 0, 1), torch.zeros(count, dtype=torch.long), right, facts=facts)
+    asked.answers, asked.texts = [row["predicted_answer"] for row in rows], [row["output"] for row in rows]
+    return asked

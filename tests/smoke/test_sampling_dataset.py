@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from lab.data.examples import Dataset
 from lab.errors import CheckpointError, DataError, RunError, SettingsError
+from lab.files import append_line
 from lab.methods.latenttts import toy
 from lab.methods.latenttts.checkpoint import export_release
 from lab.methods.latenttts.config import RewardTraining
@@ -17,10 +18,11 @@ from lab.methods.latenttts.objective import collate, recalls, train
 from lab.models.layouts import load
 from lab.sampling.curves import against_vote, curves, passes
 from lab.sampling.labels import Labelling, label
-from lab.sampling.pool import Pool, sample
+from lab.sampling.pool import Evaluated, Pool, sample
 from lab.sampling.records import dropped_in, read
 from lab.sampling.sampler import Sampler
 from lab.sampling.search import search, tree_trace
+from lab.sampling.stochastic import dropout
 from lab.train import TrainSettings
 
 BUDGET = {"max_new_tokens": 3, "chunk": 4}
@@ -210,3 +212,26 @@ def test_a_spent_thought_budget_is_marked_and_nothing_is_lost(model, data, tmp_p
     pool = sample(model, short, NOISE, 2, tmp_path, max_new_tokens=1)
     assert all(q.facts["finish"] == ["length", "length"] and q.answers == [None, None] for q in pool.asked)
     assert {row["mean"] for row in curves(pool) if row["measure"] == "vote"} == {0.0}
+
+
+def test_votes_and_coverage_of_an_evaluation_of_any_method(tmp_path):
+    verdicts = {"a": [True, False, False], "b": [False, True, True], "c": [False, False, False]}
+    for name, row in verdicts.items():
+        for place, right in enumerate(row):
+            line = {"id": name, "sample": place, "problem": name, "output": "", "correct_answer": "1", "is_correct": right}
+            append_line(tmp_path / "samples.jsonl", line | {"predicted_answer": "1" if right else "2"})
+    rows = {(row["subset"], row["measure"], row["n"]): row["mean"] for row in curves(Evaluated(tmp_path))}
+    assert rows["all", "coverage", 3] == pytest.approx(2 / 3) and rows["all", "vote", 3] == pytest.approx(1 / 3)
+    assert rows["mixed", "coverage", 1] == 0.5
+    append_line(tmp_path / "samples.jsonl", line | {"sample": 3, "predicted_answer": None})
+    with pytest.raises(DataError, match="to its end"):
+        Evaluated(tmp_path)
+
+
+def test_dropout_where_there_is_nothing_to_drop_is_refused(model):
+    class Elsewhere:
+        class config:
+            model_type = "mamba"
+
+    with pytest.raises(SettingsError, match="use noise instead"):
+        dropout("vote", 0.2, Elsewhere())
