@@ -1,6 +1,8 @@
 """Where a notebook's problems come from: a world made here, or a benchmark; test problems never stand in the training part."""
 
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
 from pydantic import Field
 
@@ -36,6 +38,16 @@ class Source(Settings):
         if not self.made:
             return self.benchmark
         return "number" if self.benchmark == "sums" else "sentence"
+
+    def score(self, text: str, gold: str, rule: str) -> Any:
+        """`lab.data.score` of an answer by the strict `rule`; where answers are single tokens, the lenient reading is the last word."""
+        from lab.data.answers import score
+
+        found = score(text, gold, self.kind, rule)
+        if self.kind != "sentence" or self.benchmark != "permutations":
+            return found
+        last = (text.split() or [None])[-1]
+        return replace(found, lenient_answer=last, lenient_correct=last == gold)
 
     def train(self) -> Dataset:
         """The training problems; of a world, drawn anew for each seed and without any of the test and validation problems."""

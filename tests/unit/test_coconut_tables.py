@@ -93,3 +93,12 @@ def test_rows_that_do_not_line_up_are_refused():
     student = [Row((1,) * n, (2,), (IGNORE,) * (n + 1)) for n in (1, 2)]
     with pytest.raises(DataError, match="same number"):
         collate_pairs([(student[0], row) for row in student])
+
+
+def test_single_token_answers_are_read_leniently_too():
+    source = Source(benchmark="permutations")
+    found = source.score("### s3", "s3", "coconut")
+    assert found.strict_correct and found.lenient_correct
+    assert not source.score("### s2", "s3", "coconut").lenient_correct and not source.score("", "s3", "coconut").lenient_correct
+    assert source.score("so s3", "s3", "coconut").lenient_correct
+    assert Source(benchmark="sums").score("The answer is: 3", "3", "codi").strict_correct
