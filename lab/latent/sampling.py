@@ -41,7 +41,7 @@ def probabilities(logits: Tensor, how: Sampling) -> Tensor:
 
 
 def draw(logits: Tensor, how: Sampling, uniform: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Tokens (R,) and their log-probabilities (R,) under the filtered distribution.
+    """Tokens (R,) and their log-probabilities (R,) under the filtered distribution (the model's own when greedy).
 
     Args:
         logits: (R, V).
