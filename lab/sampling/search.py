@@ -45,7 +45,7 @@ def search(
     if count is None:
         raise SettingsError("Beam search compares thoughts of equal number; this model stops when it likes. Give thoughts=…, or vote.")
     reward.check_for(model)
-    path = Path(folder) / f"beams-{beams}x{candidates}.jsonl"
+    path = files.make_folder(Path(folder)) / f"beams-{beams}x{candidates}.jsonl"
     done = {line["number"] for line in files.read_lines(path)}
     left = sorted((question for question in asked if question.number not in done), key=lambda question: len(question.prompt))
     size, settings = max(1, batch // (beams * candidates)), Beam(beams=beams, candidates=candidates, thoughts=count)
