@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from lab.errors import CheckpointError
 from lab.files import writing
 from lab.methods.coconut.checkpoint import latent_ids
 from lab.methods.codi.config import CodiSettings, inferred
@@ -16,13 +15,13 @@ from lab.models.answers import ABOUT_BACKBONE, check_answers, end_id, tokenizer_
 from lab.models.backbones import load_config, new_backbone
 from lab.models.layouts import FolderFiles, Layout
 from lab.models.loading import State, load_exact, part, read_state
+from lab.models.peft_state import merged, plain_names
 from lab.models.shapes import BUFFERS, architecture, config_for, filled
 
 log = logging.getLogger(__name__)
 
 MODEL = CodiModel
 PREFIXES = ("codi.", "coconut.")
-WRAPPED = "base_model.model."
 ALPHA = 32.0  # of every published recipe
 LATENTTTS = {"projector.1": "1", "projector.3": "3", "projector.4": "ln"}
 ANSWERS = (*ABOUT_BACKBONE, "tokenizer", "lora_alpha", "num_latent", "eos_id", "keep_lora", "data_name", "remove_eos", "compat")
@@ -106,27 +105,6 @@ class LatentTTSRelease:
 
 
 RECOGNISERS = [OfficialRelease(), LatentTTSRelease()]
-
-
-def plain_names(names: Mapping[str, Any]) -> dict[str, Any]:
-    """Names (and values) of the backbone's own weights in a wrapped state: without peft's prefix, `base_layer` and adapters."""
-    own = {key.removeprefix(WRAPPED).replace(".base_layer.", "."): value for key, value in names.items() if ".lora_" not in key}
-    return own
-
-
-def merged(body: State, alpha: float) -> State:
-    """The backbone's weights with every low-rank pair added, `alpha / r · B A` (transposed for GPT-2's (in, out) weights)."""
-    state = plain_names(body)
-    for key, A in body.items():
-        if ".lora_A." not in key:
-            continue
-        name = key.removeprefix(WRAPPED).split(".lora_A.")[0] + ".weight"
-        B = body.get(key.replace(".lora_A.", ".lora_B."))
-        if B is None or name not in state:
-            raise CheckpointError(f"{key!r} has no partner lora_B or no weight {name!r} to be added to.")
-        change = (alpha / A.shape[0]) * (B.float() @ A.float())
-        state[name] = state[name].float() + (change if change.shape == state[name].shape and "transformer.h." not in name else change.T)
-    return state
 
 
 def export_official(model: CodiModel, path: Path | str) -> Path:

@@ -8,13 +8,13 @@ import torch
 
 from lab.errors import CheckpointError, SettingsError
 from lab.files import writing
-from lab.methods.coconut.checkpoint import check_answers, end_id, tokenizer_from
-from lab.methods.codi.checkpoint import merged, plain_names
 from lab.methods.colar.config import ColarSettings
 from lab.methods.colar.model import ColarModel, separator_id
+from lab.models.answers import check_answers, end_id, tokenizer_from
 from lab.models.backbones import load_backbone, load_config
 from lab.models.layouts import FolderFiles, Layout
 from lab.models.loading import State, load_exact, part, read_state
+from lab.models.peft_state import merged, plain_names
 from lab.models.shapes import BUFFERS, filled
 
 MODEL = ColarModel

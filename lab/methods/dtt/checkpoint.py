@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from lab.errors import CheckpointError, SettingsError
-from lab.methods.coconut.checkpoint import ABOUT_BACKBONE, check_answers, end_id, tokenizer_from
-from lab.methods.codi.checkpoint import merged
 from lab.methods.dtt.config import BOT, EOT, GatedSettings
 from lab.methods.dtt.model import SparseGatedModel
+from lab.models.answers import ABOUT_BACKBONE, check_answers, end_id, tokenizer_from
 from lab.models.backbones import load_backbone
 from lab.models.latent_model import new_folder
 from lab.models.layouts import FolderFiles, Layout
 from lab.models.loading import State, load_exact, read_json, read_state
+from lab.models.peft_state import merged
 from lab.models.shapes import BUFFERS, config_for, filled
 
 log = logging.getLogger(__name__)

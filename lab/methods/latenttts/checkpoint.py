@@ -5,9 +5,9 @@ from typing import Any
 
 from lab.errors import CheckpointError
 from lab.files import writing
-from lab.methods.coconut.checkpoint import check_answers, tokenizer_from
 from lab.methods.latenttts.config import RewardSettings
 from lab.methods.latenttts.model import RewardModel
+from lab.models.answers import check_answers, tokenizer_from
 from lab.models.backbones import load_config
 from lab.models.layouts import FolderFiles, Layout
 from lab.models.loading import State, load_exact, part, read_state
