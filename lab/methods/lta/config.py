@@ -53,7 +53,6 @@ class LtaSettings(Settings):
 
     generator: Literal["block", "assistant", "static", "unknown", "none"] = "block"
     num_thought_tokens: int = Field(32, ge=0)
-    train_thoughts: list[int] = []  # counts to draw from for each batch in training; [] = always num_thought_tokens
     task: str = "gsm8k"
     family: str = "qwen3"
     gold_steps: Literal["masked", "visible", "off"] = "masked"  # whether thoughts may see the solution in training (official: visible)

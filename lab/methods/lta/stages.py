@@ -86,7 +86,7 @@ def start(values: dict[str, Any]) -> ThoughtModel:
         generator = "assistant"
     if generator == "assistant":
         assistant = load_backbone(small, dtype=values["dtype"])
-    names = ("num_thought_tokens", "train_thoughts", "gold_steps", "focus_positions", "distinct_slots", "num_scaling_times", "nce")
+    names = ("num_thought_tokens", "gold_steps", "focus_positions", "distinct_slots", "num_scaling_times", "nce")
     weights = ("sft_loss_weight", "contrastive_loss_weight", "kl_loss_weight")
     settings = LtaSettings.check(
         generator=generator,
