@@ -21,6 +21,7 @@ from lab.models.latent_model import LatentModel
 from lab.stats import proportion_interval
 
 PREFIX = ("lta", "softcot")
+Right = Callable[[str, str], bool]
 FEEDBACK = ("coconut", "codi", "adaptive", "colar")
 
 
@@ -125,19 +126,18 @@ class Fixed:
 def ablate(
     model: LatentModel,
     examples: Sequence[Example],
-    benchmark: str,
+    right: Right | str,
     *,
     interventions: Sequence[str] = tuple(INTERVENTIONS),
     each: bool = False,
-    rule: str = "",
     seed: int = 0,
     **generate: Any,
 ) -> list[dict[str, Any]]:
     """Rows {intervention, accuracy, low, high, changed, questions}: `as they are` first; `changed` is the share of answers that differ.
 
     Args:
+        right: (text, gold answer) -> right or wrong; or a benchmark, whose answers are then read leniently.
         each: also leave out every thought in turn.
-        rule: the strict rule answers are read by; the benchmark's own if empty.
         generate: options of the model's `generate`, greedy by default.
     Raises SettingsError for a method without thoughts to replace or an unknown intervention.
     """
@@ -153,7 +153,8 @@ def ablate(
     texts = {"as they are": own} | {
         name: _again(model, examples, change(thoughts, seed), seed, generate) for name, change in changes.items()
     }
-    return [_row(name, found, own, examples, benchmark, rule) for name, found in texts.items()]
+    judge = leniently(right) if isinstance(right, str) else right
+    return [_row(name, found, own, examples, judge) for name, found in texts.items()]
 
 
 def _observe(model: LatentModel, examples: Sequence[Example], seed: int, generate: dict[str, Any]) -> tuple[list[str], Thoughts]:
@@ -183,24 +184,21 @@ def _again(model: LatentModel, examples: Sequence[Example], thoughts: Thoughts |
     return texts
 
 
-def _row(name: str, texts: list[str], own: list[str], examples: Sequence[Example], benchmark: str, rule: str) -> dict[str, Any]:
-    right = sum(
-        bool(score(text, example.answer, benchmark, rule or None).lenient_correct) for text, example in zip(texts, examples, strict=True)
-    )
-    interval = proportion_interval(right, len(texts))
+def _row(name: str, texts: list[str], own: list[str], examples: Sequence[Example], right: Right) -> dict[str, Any]:
+    hits = sum(right(text, example.answer) for text, example in zip(texts, examples, strict=True))
+    interval = proportion_interval(hits, len(texts))
     changed = sum(a != b for a, b in zip(texts, own, strict=True)) / len(texts)
-    return {
-        "intervention": name,
-        "accuracy": interval.mean,
-        "low": interval.low,
-        "high": interval.high,
-        "changed": changed,
-        "questions": len(texts),
-    }
+    spread = {"accuracy": interval.mean, "low": interval.low, "high": interval.high}
+    return {"intervention": name, **spread, "changed": changed, "questions": len(texts)}
 
 
-def toy_subject(paper: str, arm: str = "", seed: int = 0) -> tuple[LatentModel, Sequence[Example], str]:
-    """The model of the newest toy run of a paper (made where there is none), its test questions, and what their answers are called."""
+def leniently(benchmark: str) -> Right:
+    """Whether an output is right by the lenient rules for a benchmark or kind of answer."""
+    return lambda text, gold: bool(score(text, gold, benchmark).lenient_correct)
+
+
+def toy_subject(paper: str, arm: str = "", seed: int = 0) -> tuple[LatentModel, Sequence[Example], Right]:
+    """The model of the newest toy run of a paper (made where there is none), its test questions, and what judges answers to them."""
     import lab
     from lab.data.source import Source
     from lab.models.layouts import load
@@ -214,4 +212,8 @@ def toy_subject(paper: str, arm: str = "", seed: int = 0) -> tuple[LatentModel, 
     if "hops" not in values:
         raise SettingsError(f"The toy of {paper!r} asks no questions in words; name a model and a benchmark.")
     source = Source.check(**{name: values[name] for name in Source.model_fields if name in values})
-    return load(folder / "train" / (arm or paper)), source.held_out(), source.kind
+    return (
+        load(folder / "train" / (arm or paper)),
+        source.held_out(),
+        lambda text, gold: bool(source.score(text, gold, paper).strict_correct),
+    )
