@@ -2,10 +2,14 @@
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job of a shell: tests interrupt runs and launches
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"})
 TIERS = {"slow": "slow", "browser": "browser", "gpu": "gpu"}
