@@ -5,6 +5,7 @@ Shared by CODI and the adaptive recipes (`distill.md` 2A.3, 2B.4, 8). Axes: R ro
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch.nn import functional as F
 from lab.errors import unknown
 from lab.latent.plan import Pair, Plan
 from lab.latent.unroll import Block, Unrolled, unroll
+from lab.launch import world_size
+from lab.models.cache import GrowKV
 from lab.models.vocab import linear_cross_entropy
 
 SCALES = ("none", "std", "avg_l2", "layerwise_std", "layerwise_avg_l2")
@@ -38,11 +41,9 @@ def run_pair(decoder, batch: Pair, feedback: Callable[[Tensor, int], Tensor], ta
     Args:
         feedback: as in `unroll`. taps: layers whose states after the question are kept.
     """
-    kv, asked = decoder.grow(), batch.question.block(decoder)
-    pos = (asked.mask().cumsum(1) - 1).clamp(min=0)
-    states = decoder(asked.x, pos, kv, valid=asked.valid).last
+    states, kv, start = read_question(decoder, batch)
     branch = kv.fork()
-    teacher = read_on(decoder, states, batch.teacher.after.block(decoder), kv, pos[:, -1:] + 1, taps)
+    teacher = read_on(decoder, states, batch.teacher.after.block(decoder), kv, start, taps)
     student = unroll(
         decoder,
         batch.student.prompt.block(decoder),
@@ -53,6 +54,19 @@ def run_pair(decoder, batch: Pair, feedback: Callable[[Tensor, int], Tensor], ta
         taps=taps,
     )
     return Passes(teacher, student, states[:, -1])
+
+
+def read_question(decoder, batch: Pair) -> tuple[Tensor, GrowKV, Tensor]:
+    """The question alone: its states (R, P, D), its cache, and the position (R, 1) after it."""
+    kv, asked = decoder.grow(), batch.question.block(decoder)
+    pos = (asked.mask().cumsum(1) - 1).clamp(min=0)
+    return decoder(asked.x, pos, kv, valid=asked.valid).last, kv, pos[:, -1:] + 1
+
+
+def read_teacher(decoder, batch: Pair, taps: tuple[int, ...] = ()) -> Unrolled:
+    """The question and its written continuation, without a student."""
+    states, kv, start = read_question(decoder, batch)
+    return read_on(decoder, states, batch.teacher.after.block(decoder), kv, start, taps)
 
 
 def read_on(decoder, prompt: Tensor, after: Block, kv, start: Tensor, taps: tuple[int, ...] = ()) -> Unrolled:
@@ -121,12 +135,26 @@ def distance(student: Tensor, teacher: Tensor, how: str) -> Tensor:
     raise unknown("distance of hidden states", how, DISTANCES)
 
 
+def over_processes(states: Tensor) -> Tensor:
+    """(N, R', D): the rows (N, R, D) of all processes."""
+    if world_size() == 1:
+        return states
+    parts: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(parts, states.cpu())
+    return torch.cat(parts, 1).to(states.device)
+
+
 def distillation(
-    student: Tensor, teacher: Tensor, how: str = "smooth_l1", scale: str = "layerwise_std", eps: float = 0.0, power: int = 1
+    student: Tensor, teacher: Tensor, how: str = "smooth_l1", scale: str | Tensor = "layerwise_std", eps: float = 0.0, power: int = 1
 ) -> Tensor:
-    """Mean over layers of the distance of states (N, R, D), divided by the teacher's scale (+ eps) to a power; the teacher is detached."""
+    """Mean over layers of the distance of states (N, R, D), divided by the teacher's scale (+ eps) to a power; the teacher is detached.
+
+    Args:
+        scale: of `scale_of` these rows; or (N,), measured over more rows than these.
+    """
     teacher = teacher.detach()
-    return (distance(student, teacher, how) / (scale_of(teacher, scale) + eps) ** power).mean()
+    size = scale_of(teacher, scale) if isinstance(scale, str) else scale
+    return (distance(student, teacher, how) / (size + eps) ** power).mean()
 
 
 @torch.no_grad()

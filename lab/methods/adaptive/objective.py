@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lab.latent.distill import at_column, distance, mean_over, norms, read_on, run_pair, scale_of
+from lab.latent.distill import at_column, distance, mean_over, norms, over_processes, read_teacher, run_pair, scale_of
 from lab.latent.plan import Pair, Plan, Row, collate, collate_pairs
 from lab.latent.unroll import Unrolled, unroll
 from lab.launch import world_size
@@ -84,10 +84,10 @@ class SFT:
             return
         layers, kept = self.distil.layers(model.thinker.layers), {}
         for batch in batches:
-            taps = read_pair_teacher(model.thinker, batch, layers)
+            taps = read_teacher(model.thinker, batch, layers).taps
             for name, states, keep in self._teachers(batch, taps):
                 kept.setdefault(name, []).append(states if keep is None else states[:, keep])
-        self._scales = {name: scale_of(_over_processes(torch.cat(parts, 1)), self.distil.scale) for name, parts in kept.items()}
+        self._scales = {name: scale_of(over_processes(torch.cat(parts, 1)), self.distil.scale) for name, parts in kept.items()}
 
     def _teachers(self, batch: Pair, taps: dict) -> list[tuple[str, Tensor, Tensor | None]]:
         found: list[tuple[str, Tensor, Tensor | None]] = []
@@ -135,29 +135,12 @@ def _comparable(batch: Pair) -> Tensor:
     return mask & (batch.student.counts.to(mask.device) > 0)
 
 
-def _over_processes(states: Tensor) -> Tensor:
-    """(N, R', D): the rows of all processes."""
-    if world_size() == 1:
-        return states
-    parts: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(parts, states.cpu())
-    return torch.cat(parts, 1).to(states.device)
-
-
 def _filtered(thinker: Thinker) -> Callable[[Tensor, int], Tensor]:
     return lambda h, step: thinker.feedback(h, step)
 
 
 def _read_text(thinker: Thinker, plan: Plan) -> Unrolled:
     return unroll(thinker, plan.prompt.block(thinker), plan.counts, plan.after.block(thinker), _filtered(thinker))
-
-
-def read_pair_teacher(thinker: Thinker, batch: Pair, layers: tuple[int, ...]) -> dict:
-    """The teacher's hidden states alone."""
-    kv, asked = thinker.grow(), batch.question.block(thinker)
-    pos = (asked.mask().cumsum(1) - 1).clamp(min=0)
-    states = thinker(asked.x, pos, kv, valid=asked.valid).last
-    return read_on(thinker, states, batch.teacher.after.block(thinker), kv, pos[:, -1:] + 1, layers).taps
 
 
 def student_cross_entropy(thinker: Thinker, plan: Plan, run: Unrolled, question: Tensor, distil: Distil) -> Tensor:

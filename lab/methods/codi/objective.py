@@ -1,11 +1,25 @@
 """CODI's three losses: teacher, student, and the student's states drawn to the teacher's (`distill.md` 2A.3)."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from lab.latent.distill import Passes, at_column, distillation, plan_cross_entropy, read_on, run_pair, scale_of
+from lab.latent.distill import (
+    Passes,
+    at_column,
+    distillation,
+    over_processes,
+    plan_cross_entropy,
+    read_on,
+    read_question,
+    read_teacher,
+    run_pair,
+    scale_of,
+)
 from lab.latent.plan import Pair
 from lab.latent.unroll import Block, Unrolled, unroll
+from lab.launch import world_size
 from lab.methods.codi.config import CodiSettings
 from lab.methods.codi.model import CodiModel
 
@@ -21,10 +35,13 @@ def run(model: CodiModel, batch: Pair) -> Passes:
     return official(model, batch) if s.compat else run_pair(_Marked(model), batch, model.feedback, taps_of(model, s))
 
 
-def loss(model: CodiModel, batch: Pair) -> tuple[Tensor, dict[str, Tensor]]:
+def loss(model: CodiModel, batch: Pair, scale: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum, and its parts `ce`, `ref_ce` and `distill`, weighted and with gradient, for `lab.train.fit`.
 
     Beside them, only recorded: the teacher's smallest spread over the layers (a target that collapses gives a perfect distill loss).
+
+    Args:
+        scale: (N,) the teacher's deviation by layer, where it was measured over more rows than these.
     """
     s = model.config
     if not needs_teacher(s):
@@ -37,19 +54,36 @@ def loss(model: CodiModel, batch: Pair) -> tuple[Tensor, dict[str, Tensor]]:
     parts = {
         "ce": plan_cross_entropy(model.decoder, batch.student, done.student),
         "ref_ce": s.ref_loss_factor * plan_cross_entropy(model.decoder, batch.teacher, done.teacher, None),
-        "distill": s.distill_loss_factor * alignment(student, teacher, s),
+        "distill": s.distill_loss_factor * alignment(student, teacher, s, scale),
     }
     spread = scale_of(teacher, "layerwise_std").min() if len(batch) > 1 else teacher.new_zeros(())
     return sum(parts.values()), {**parts, "teacher/std_min": spread}
 
 
-loss.feeds_back = True
+@dataclass
+class Objective:
+    """`loss` for `lab.train.fit`: the teacher's deviation is that of the whole batch, whatever the micro-batches and processes."""
+
+    feeds_back: bool = True
+    _scale: Tensor | None = None
+
+    def __call__(self, model: CodiModel, batch: Pair) -> tuple[Tensor, dict[str, Tensor]]:
+        return loss(model, batch, self._scale)
+
+    @torch.no_grad()
+    def prepare(self, model: CodiModel, batches: list[Pair]) -> None:
+        """Reads the teacher of all micro-batches once more where there are several; the official code takes each one's own."""
+        s, self._scale = model.config, None
+        if s.compat or not (s.distill_loss_factor and s.distill_loss_div_std) or (len(batches) == 1 and world_size() == 1):
+            return
+        states = torch.cat([second_teacher(model, batch, s) for batch in batches], 1)
+        self._scale = scale_of(over_processes(states), "layerwise_std")
 
 
-def alignment(student: Tensor, teacher: Tensor, s: CodiSettings) -> Tensor:
+def alignment(student: Tensor, teacher: Tensor, s: CodiSettings, scale: Tensor | None = None) -> Tensor:
     """Distance of states (N, R, D), averaged over layers; squared errors are divided twice by the teacher's deviation."""
-    scale, squared = "layerwise_std" if s.distill_loss_div_std else "none", s.distill_loss_type == "l2"
-    return distillation(student, teacher, "mse" if squared else "smooth_l1", scale, power=2 if squared else 1)
+    size, squared = "none" if not s.distill_loss_div_std else "layerwise_std" if scale is None else scale, s.distill_loss_type == "l2"
+    return distillation(student, teacher, "mse" if squared else "smooth_l1", size, power=2 if squared else 1)
 
 
 def counts(batch: Pair, s: CodiSettings | None = None) -> dict[str, int]:
@@ -65,22 +99,15 @@ def needs_teacher(s: CodiSettings) -> bool:
 
 def student_alone(model: CodiModel, batch: Pair) -> Unrolled:
     """Question, thoughts and answer without a teacher beside them."""
-    decoder = _Marked(model)
-    kv, asked = decoder.grow(), batch.question.block(decoder)
-    decoder(asked.x, (asked.mask().cumsum(1) - 1).clamp(min=0), kv, valid=asked.valid)
-    student = batch.student
+    decoder, student = _Marked(model), batch.student
+    kv = read_question(decoder, batch)[1]
     return unroll(decoder, student.prompt.block(decoder), student.counts, student.after.block(decoder), model.feedback, kv=kv)
 
 
 @torch.no_grad()
 def second_teacher(model: CodiModel, batch: Pair, s: CodiSettings) -> Tensor:
     """The targets (N, R, D) from a pass of their own, with its own dropout, as the official code makes them."""
-    kv, taps = model.decoder.grow(), taps_of(model, s)
-    asked = batch.question.block(model.decoder)
-    pos = (asked.mask().cumsum(1) - 1).clamp(min=0)
-    states = model.decoder(asked.x, pos, kv, valid=asked.valid).last
-    teacher = read_on(model.decoder, states, batch.teacher.after.block(model.decoder), kv, pos[:, -1:] + 1, taps)
-    return at_column(teacher.taps, batch.teacher.target)
+    return at_column(read_teacher(model.decoder, batch, taps_of(model, s)).taps, batch.teacher.target)
 
 
 class _Marked:
@@ -107,11 +134,8 @@ class _Marked:
 def official(model: CodiModel, batch: Pair) -> Passes:
     """As the official code: pads of the question are hidden from it alone, thoughts and answer see them, and positions count them."""
     decoder, s, taps = model.decoder, model.config, taps_of(model, model.config)
-    asked = batch.question.block(decoder)
-    pos = (asked.mask().cumsum(1) - 1).clamp(min=0)
-    kv = decoder.grow()
-    states = decoder(asked.x, pos, kv, valid=asked.valid).last
-    teacher = read_on(decoder, states, batch.teacher.after.block(decoder), kv, pos[:, -1:] + 1, taps)
+    states, kv, start = read_question(decoder, batch)
+    teacher = read_on(decoder, states, batch.teacher.after.block(decoder), kv, start, taps)
     return Passes(teacher, _official_student(model, batch, s, taps), states[:, -1])
 
 

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from lab.errors import unknown
-from lab.latent.distill import plan_cross_entropy, read_on
+from lab.latent.distill import plan_cross_entropy, read_teacher
 from lab.latent.plan import Pair, collate_pairs
-from lab.latent.unroll import Unrolled
 from lab.methods.codi.config import CodiSettings
 from lab.methods.codi.data import PairOfRows
 from lab.methods.codi.model import CodiModel
-from lab.methods.codi.objective import counts, loss, student_alone
+from lab.methods.codi.objective import Objective, counts, student_alone
 from lab.train import TrainResult, TrainSettings, fit
 
 Arm = Literal["codi", "no_distillation", "no_cot", "cot"]
@@ -49,7 +48,7 @@ def train(
         arm: what is learned; `cot` trains the written continuation alone.
         held_out: judged every `how.eval_every` steps: the share that greedy decoding gets right token by token.
     """
-    objective = written if arm == "cot" else loss
+    objective = written if arm == "cot" else Objective()
     items = written_items if arm == "cot" else lambda batch: counts(batch, model.config)
 
     def validate(model: CodiModel) -> dict[str, float]:
@@ -71,20 +70,12 @@ def train(
 
 def written(model: CodiModel, batch: Pair) -> tuple[Tensor, dict]:
     """Cross-entropy of the written continuation alone."""
-    return plan_cross_entropy(model.decoder, batch.teacher, read_written(model, batch)), {}
+    return plan_cross_entropy(model.decoder, batch.teacher, read_teacher(model.decoder, batch)), {}
 
 
 def written_items(batch: Pair) -> int:
     """What `written` is a mean over."""
     return batch.teacher.labelled
-
-
-def read_written(model: CodiModel, batch: Pair) -> Unrolled:
-    """The question and its written continuation."""
-    kv, asked = model.decoder.grow(), batch.question.block(model.decoder)
-    pos = (asked.mask().cumsum(1) - 1).clamp(min=0)
-    states = model.decoder(asked.x, pos, kv, valid=asked.valid).last
-    return read_on(model.decoder, states, batch.teacher.after.block(model.decoder), kv, pos[:, -1:] + 1)
 
 
 @torch.no_grad()
@@ -93,7 +84,7 @@ def exact(model: CodiModel, rows: Sequence[PairOfRows], written_too: bool = Fals
     right = 0
     for start in range(0, len(rows), batch):
         pairs = collate_pairs(rows[start : start + batch]).to(model.device)
-        plan, done = (pairs.teacher, read_written(model, pairs)) if written_too else (pairs.student, student_alone(model, pairs))
+        plan, done = (pairs.teacher, read_teacher(model.decoder, pairs)) if written_too else (pairs.student, student_alone(model, pairs))
         states, targets = plan.predictions(done)
         wrong = model.decoder.logits(states).argmax(-1) != targets
         right += len(plan) - len(torch.unique(plan.rows_of_predictions[wrong]))
