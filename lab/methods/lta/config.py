@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lab.config import Settings
 from lab.errors import unknown
@@ -53,6 +53,7 @@ class LtaSettings(Settings):
 
     generator: Literal["block", "assistant", "static", "unknown", "none"] = "block"
     num_thought_tokens: int = Field(32, ge=0)
+    train_thoughts: list[int] = []  # numbers of thoughts that training batches draw from; [] = num_thought_tokens alone (official)
     task: str = "gsm8k"
     family: str = "qwen3"
     gold_steps: Literal["masked", "visible", "off"] = "masked"  # whether thoughts may see the solution in training (official: visible)
@@ -69,3 +70,16 @@ class LtaSettings(Settings):
     nce: bool = False  # SoftCoT++: draw the sets apart
     pack: str = ""  # hash of the prompt wording it was trained with
     eos_id: int = -1
+
+    @model_validator(mode="after")
+    def _something_to_read(self) -> "LtaSettings":
+        if self.num_thought_tokens == 0 and self.generator != "none":
+            raise ValueError(f"no thoughts for generator {self.generator!r}; give num_thought_tokens from 1 on, or generator: none")
+        if bad := [n for n in self.train_thoughts if not 1 <= n <= self.num_thought_tokens]:
+            raise ValueError(f"train_thoughts holds {bad[0]}; give numbers from 1 to num_thought_tokens = {self.num_thought_tokens}")
+        return self
+
+    @property
+    def counts(self) -> list[int]:
+        """The numbers of thoughts training batches draw from."""
+        return [0] if self.generator == "none" else sorted(set(self.train_thoughts)) or [self.num_thought_tokens]

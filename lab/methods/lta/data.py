@@ -3,6 +3,7 @@
 Axes: R rows, n thoughts, L assistant columns, S steps, q places.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -58,6 +59,12 @@ class ThoughtBatch:
     def to(self, device) -> "ThoughtBatch":
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return ThoughtBatch(**{name: None if value is None else value.to(device) for name, value in moved.items()})
+
+
+def one_count(examples: Sequence[tuple[Prompted, ...]]) -> list[Prompted]:
+    """The rows of a batch whose examples stand prepared for several numbers of thoughts: one number, drawn from what the batch is."""
+    which = random.Random(repr([rows[0].assistant for rows in examples])).randrange(len(examples[0]))
+    return [rows[which] for rows in examples]
 
 
 def batch_of(rows: Sequence[Prompted], pad: int = 0, placeholder: int = 0) -> ThoughtBatch:

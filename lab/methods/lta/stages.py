@@ -68,6 +68,22 @@ def toy_table(folder: Path, arms: list[str], seed: int, thoughts: list[int], que
     return rows
 
 
+def headline(rows: list[dict[str, Any]], most: int) -> dict[str, dict[str, float]]:
+    """{arm: numbers} of `toy_table`: exact matches with `most` thoughts, with fewer, with the solution shown, over the official arm."""
+    told: dict[str, dict[str, float]] = {}
+    for row in rows:
+        whole = row["thoughts"] == most
+        name = "solution shown" if row["shown"] else "exact" if whole else f"with {row['thoughts']} of {most}"
+        told.setdefault(row["arm"], {})[name] = row["exact"]
+        if whole and not row["shown"]:
+            told[row["arm"]] |= {"loss": row["loss"], "variance": row["variance"]}
+    if official := told.get("lta-official"):
+        for arm, numbers in told.items():
+            if arm.startswith("lta-") or arm == "lta":
+                numbers["over official"] = numbers["exact"] - official["exact"]
+    return told
+
+
 def toy_model(folder: Path, arm: str, seed: int) -> ThoughtModel:
     """A saved arm, with its assistant where it has one."""
     model = load(Path(folder) / arm)

@@ -19,7 +19,7 @@ from lab.data.worlds.instruct import Instruct, InstructTask
 from lab.latent.plan import IGNORE, Row
 from lab.latent.prefix import read_with_thoughts
 from lab.methods.lta.config import LtaSettings
-from lab.methods.lta.data import ThoughtBatch, batch_of
+from lab.methods.lta.data import ThoughtBatch, batch_of, one_count
 from lab.methods.lta.model import ThoughtModel
 from lab.methods.lta.objective import counter, loss
 from lab.methods.lta.policy import without
@@ -33,18 +33,20 @@ BOS, SEP, EOS, FIRST_FILLER = 0, 1, 2, 19
 SORT, REVERSE, SEVEN, NONE = 13, 14, 17, 18
 SIZES = {"layers": 3, "hidden": 64, "intermediate": 256, "heads": 4, "kv_heads": 4}
 
+OFFICIAL = {"generator": "block", "gold_steps": "visible", "focus_positions": "turn_end"}
+REPAIRED = {"generator": "block", "gold_steps": "masked", "focus_positions": "step_mean"}
 ARMS: dict[str, dict[str, Any]] = {
     "static": {"generator": "static"},
     "softcot": {"generator": "assistant", "gold_steps": "off", "distinct_slots": False},
-    "lta-official": {"generator": "block", "gold_steps": "visible", "focus_positions": "turn_end"},
-    "lta": {"generator": "block", "gold_steps": "masked", "focus_positions": "step_mean"},
-    "lta-sft-only": {
-        "generator": "block",
-        "gold_steps": "masked",
-        "contrastive_loss_weight": 0.0,
-        "kl_loss_weight": 0.0,
-        "sft_loss_weight": 1.0,
-    },
+    "lta-official": OFFICIAL,
+    "lta": REPAIRED,
+    "lta-sft-only": REPAIRED | {"contrastive_loss_weight": 0.0, "kl_loss_weight": 0.0, "sft_loss_weight": 1.0},
+    # one repair each, beside lta-official; lta-one-id is what was published for StrategyQA
+    "lta-masked": OFFICIAL | {"gold_steps": "masked"},
+    "lta-off": OFFICIAL | {"gold_steps": "off"},
+    "lta-focus": OFFICIAL | {"focus_positions": "step_mean"},
+    "lta-one-id": OFFICIAL | {"distinct_slots": False},
+    "lta-counts": REPAIRED | {"train_thoughts": [1, 2, 4]},
 }
 
 
@@ -127,11 +129,14 @@ def train(model: ThoughtModel, seed: int, steps: int, folder: Path, rows: int = 
     """Trains an arm on fresh questions; the result of `fit`."""
     s = model.config
     task = WORLD.task(steps * rows, np.random.default_rng((seed, 1)))
-    examples = questions(task, s.num_thought_tokens, solution=s.gold_steps != "off", distinct=s.distinct_slots)
+    examples = list(zip(*(questions(task, n, solution=s.gold_steps != "off", distinct=s.distinct_slots) for n in s.counts), strict=True))
     settings = TrainSettings.check(
         steps=steps, global_batch=rows, order="as_given", lr=lr, warmup_steps=40, seed=seed, save_every=0, schedule="linear"
     )
-    collate = partial(batch_of, pad=BOS, placeholder=FIRST_FILLER)
+
+    def collate(rows: list[tuple[Prompted, ...]]) -> ThoughtBatch:
+        return batch_of(one_count(rows), BOS, FIRST_FILLER)
+
     return fit(model, examples, collate, loss, settings, folder, count=counter(model), label=label)
 
 
