@@ -4,18 +4,18 @@ from typing import Any
 
 from lab.view.base import View
 from lab.view.compare import Compare, compare
-from lab.view.decide import passes_at, with_gate_temperature, with_threshold
+from lab.view.decide import passes_at, with_gates, with_threshold
 from lab.view.histogram import Histogram, histogram
 from lab.view.samples import Samples, Versus, samples, versus
 from lab.view.thoughts import Thoughts, thoughts
 from lab.view.tokens import Tokens, tokens
 from lab.view.training import Training, training
 
-_LIVE = ("Explorer", "Watch", "explore", "explore_runs", "explore_thoughts", "watch")
+_LIVE = ("Explorer", "Watch", "explore", "explore_gates", "explore_runs", "explore_thoughts", "watch")
 
 __all__ = ["Compare", "Histogram", "Samples", "Thoughts", "Tokens", "Training", "Versus", "View", *_LIVE]
 __all__ += ["compare", "histogram", "samples", "thoughts", "tokens", "training", "versus"]
-__all__ += ["passes_at", "with_gate_temperature", "with_threshold"]
+__all__ += ["passes_at", "with_gates", "with_threshold"]
 
 
 def __getattr__(name: str) -> Any:

@@ -37,13 +37,18 @@ def with_threshold(trace: Trace, threshold: float) -> Trace:
     return replace(trace, tokens=trace.tokens.assign(iterations=decided["iterations"]), meta=trace.meta | {"threshold": threshold})
 
 
-def with_gate_temperature(trace: Trace, temperature: float, hard: bool = False) -> Trace:
-    """The trace with `gate` = sigmoid(logit / temperature), or 1 where the logit is positive if `hard`; needs a `gate_logit` channel."""
-    if "gate_logit" not in trace.tokens or temperature <= 0:
-        raise SettingsError("Gates are drawn again from a recorded gate_logit channel and a temperature above 0.")
-    logit = trace.tokens["gate_logit"].to_numpy(float)
+def with_gates(trace: Trace, temperature: float = 1.0, threshold: float | None = None, noisy: bool = False) -> Trace:
+    """The trace with `gate` decided again on its recorded `gate_logit`: s = sigmoid((logit + noise) / temperature).
+
+    threshold: hard gates, open where s exceeds it; None takes s itself. noisy: with the recorded `gate_noise`, else without any.
+    Raises SettingsError where these were not recorded, or for a temperature that is not above 0.
+    """
+    missing = [name for name in ("gate_logit", *(["gate_noise"] if noisy else [])) if name not in trace.tokens]
+    if missing or temperature <= 0:
+        raise SettingsError(f"Gates are decided again from a recorded {' and '.join(missing or ['gate_logit'])} and a temperature above 0.")
+    logit = trace.tokens["gate_logit"].to_numpy(float) + (trace.tokens["gate_noise"].to_numpy(float) if noisy else 0.0)
     soft = 0.5 * (1 + np.tanh(logit / (2 * temperature)))
-    gate = np.where(np.isnan(logit), np.nan, (logit > 0).astype(float)) if hard else soft
+    gate = soft if threshold is None else np.where(np.isnan(soft), np.nan, (soft > threshold).astype(float))
     return replace(trace, tokens=trace.tokens.assign(gate=gate), meta=trace.meta | {"gate_temperature": temperature})
 
 

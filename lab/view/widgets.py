@@ -5,7 +5,7 @@ a terminal show the same picture.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from lab.errors import DataError, RunError
 from lab.trace import Trace
 from lab.view.base import View, resource
 from lab.view.channels import Channel, names
-from lab.view.decide import passes_at, with_gate_temperature, with_threshold
+from lab.view.decide import passes_at, with_gates, with_threshold
+from lab.view.histogram import histogram
 from lab.view.samples import samples
 from lab.view.thoughts import thoughts
 from lab.view.tokens import Tokens
@@ -65,9 +66,9 @@ class Explorer(ipywidgets.VBox):
 
 
 def explore(trace: Trace, channel: str = "") -> Explorer:
-    """A live token view: pick a sample and a channel; move the decider's threshold or the gate's temperature where they were recorded.
+    """A live token view: pick a sample and a channel; move the decider's threshold or the gate's where they were recorded.
 
-    Both sliders decide again on the recorded numbers of the recorded text; nothing is generated. Raises DataError without tokens.
+    The sliders decide again on the recorded numbers of the recorded text; nothing is generated. Raises DataError without tokens.
     """
     if trace.tokens.empty:
         raise DataError("Nothing to explore: the trace has no tokens.")
@@ -76,8 +77,7 @@ def explore(trace: Trace, channel: str = "") -> Explorer:
     if "decider_prob" in there or trace.passes["decider_prob"].notna().any():
         controls["threshold"] = _slider("threshold", float(trace.meta.get("threshold", 0.5)), 0.0, 1.0, 0.01)
     if "gate_logit" in there:
-        controls["temperature"] = _slider("temperature", float(trace.meta.get("gate_temperature", 1.0)), 0.05, 3.0, 0.05)
-        controls["hard"] = ipywidgets.Checkbox(False, description="hard gates", indent=False, layout={"width": "auto"})
+        controls |= _gate_controls([trace])
 
     def live(channel: str, **values: Any) -> View:
         part, note = _redecided(trace, **values)
@@ -88,6 +88,20 @@ def explore(trace: Trace, channel: str = "") -> Explorer:
         return Tokens(part, channel, note=note)
 
     return Explorer(controls, live, static)
+
+
+def explore_gates(runs: Trace | Mapping[str, Trace]) -> Explorer:
+    """Live histograms of gates inside and outside thinking spans, of one trace or of several by name, decided again as the controls say.
+
+    Temperature, threshold and noise act on the recorded logits of the recorded text; gates without logits (HRPO's) are shown as they were.
+    """
+    named = {runs.method: runs} if isinstance(runs, Trace) else dict(runs)
+    logits = bool(named) and all("gate_logit" in names(trace.tokens) for trace in named.values())
+
+    def draw(**values: Any) -> View:
+        return histogram({name: _gates(trace, **values) if values else trace for name, trace in named.items()}, "gate")
+
+    return Explorer(_gate_controls(list(named.values())) if logits else {}, draw)
 
 
 def explore_thoughts(trace: Trace) -> Explorer:
@@ -152,9 +166,7 @@ def _scripts(view: View) -> list[ipywidgets.Widget]:
     return [ipywidgets.Output(outputs=(output,), layout={"height": "0", "overflow": "hidden", "margin": "0"})]
 
 
-def _redecided(
-    trace: Trace, sample: tuple[Any, int], threshold: float | None = None, temperature: float | None = None, hard: bool = False
-) -> tuple[Trace, str]:
+def _redecided(trace: Trace, sample: tuple[Any, int], threshold: float | None = None, **gate: Any) -> tuple[Trace, str]:
     """(the sample decided again, a sentence on what that changed)."""
     part, notes = trace.select(*sample), []
     if threshold is not None:
@@ -163,10 +175,27 @@ def _redecided(
         notes.append(f"At threshold {threshold:.2f}: {again['iterations'].mean():.3f} passes a token (recorded: {recorded.mean():.3f}).")
         if again["open"].any():
             notes.append(f"{int(again['open'].sum())} counts are lower bounds: the recorded run stopped there.")
-    if temperature is not None:
-        part = with_gate_temperature(part, temperature, hard)
-        notes.append(f"{'Hard gates' if hard else f'At gate temperature {temperature:.2f}'}: mean gate {part.tokens['gate'].mean():.3f}.")
+    if gate:
+        part = _gates(part, **gate)
+        kind = f"Hard gates at threshold {gate['gate_threshold']:.2f}" if gate["hard"] else f"At gate temperature {gate['temperature']:.2f}"
+        notes.append(f"{kind}: mean gate {part.tokens['gate'].mean():.3f}.")
     return part, " ".join(notes)
+
+
+def _gate_controls(traces: Sequence[Trace]) -> dict[str, ipywidgets.Widget]:
+    """Controls of `_gates` that begin as the gates were recorded."""
+    gates = [gate for trace in traces if "gate" in trace.tokens for gate in trace.tokens["gate"].dropna()]
+    found: dict[str, ipywidgets.Widget] = {
+        "temperature": _slider("temperature", float(traces[0].meta.get("gate_temperature", 1.0)), 0.05, 3.0, 0.05),
+        "gate_threshold": _slider("gate threshold", 0.5, 0.0, 1.0, 0.01),
+        "hard": _checkbox("hard gates", bool(gates) and set(gates) <= {0.0, 1.0}),
+    }
+    noisy = all("gate_noise" in names(trace.tokens) for trace in traces)
+    return found | ({"noise": _checkbox("recorded noise", True)} if noisy else {})
+
+
+def _gates(trace: Trace, temperature: float, gate_threshold: float, hard: bool, noise: bool = False) -> Trace:
+    return with_gates(trace, temperature, gate_threshold if hard else None, noise)
 
 
 def _labelled(control: ipywidgets.Widget) -> ipywidgets.Widget:
@@ -196,5 +225,11 @@ def _channel_picker(there: list[str], channel: str) -> ipywidgets.ToggleButtons:
     return picker
 
 
+def _checkbox(name: str, value: bool) -> ipywidgets.Checkbox:
+    return ipywidgets.Checkbox(value, description=name, indent=False, layout={"width": "auto"})
+
+
 def _slider(name: str, value: float, low: float, high: float, step: float) -> ipywidgets.FloatSlider:
-    return ipywidgets.FloatSlider(value, min=low, max=high, step=step, description=name, readout_format=".2f")
+    return ipywidgets.FloatSlider(
+        value, min=low, max=high, step=step, description=name, readout_format=".2f", style={"description_width": "initial"}
+    )

@@ -12,7 +12,7 @@ from lab.trace import Trace
 from lab.view import palette
 from lab.view.base import columns, direction, plain, text_bar, visible
 from lab.view.channels import Channel, channel
-from lab.view.decide import passes_at, with_gate_temperature, with_threshold
+from lab.view.decide import passes_at, with_gates, with_threshold
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -234,8 +234,15 @@ def test_a_lower_threshold_asks_for_more_and_says_where_the_record_ends():
 
 def test_gates_follow_the_temperature():
     trace = make(["a", "b", "c"], gate_logit=[-2.0, 0.0, 2.0])
-    assert with_gate_temperature(trace, 1.0).tokens["gate"].tolist() == pytest.approx([0.1192, 0.5, 0.8808], abs=1e-4)
-    assert with_gate_temperature(trace, 0.01).tokens["gate"].tolist() == pytest.approx([0, 0.5, 1])
-    assert with_gate_temperature(trace, 1.0, hard=True).tokens["gate"].tolist() == [0, 0, 1]
+    assert with_gates(trace, 1.0).tokens["gate"].tolist() == pytest.approx([0.1192, 0.5, 0.8808], abs=1e-4)
+    assert with_gates(trace, 0.01).tokens["gate"].tolist() == pytest.approx([0, 0.5, 1])
+    assert with_gates(trace, 1.0, threshold=0.5).tokens["gate"].tolist() == [0, 0, 1]
+    assert with_gates(trace, 1.0, threshold=0.9).tokens["gate"].tolist() == [0, 0, 0]
+    assert with_gates(trace, 0.5, threshold=0.9).tokens["gate"].tolist() == [0, 0, 1]
+    noisy = make(["a", "b", "c"], gate_logit=[-2.0, 0.0, 2.0], gate_noise=[3.0, -1.0, float("nan")])
+    assert with_gates(noisy, 1.0, 0.5, noisy=True).tokens["gate"].tolist()[:2] == [1, 0]
+    assert with_gates(noisy, 1.0, 0.5, noisy=True).tokens["gate"].isna().tolist() == [False, False, True]
+    with pytest.raises(SettingsError, match="gate_noise"):
+        with_gates(trace, noisy=True)
     with pytest.raises(SettingsError, match="gate_logit"):
-        with_gate_temperature(make(["a"], gate=[0.5]), 1.0)
+        with_gates(make(["a"], gate=[0.5]), 1.0)

@@ -48,6 +48,26 @@ def test_sample_and_channel_are_picked():
     assert "question <b>1</b>" in explorer.picture.value
 
 
+def gates_trace(noise: float) -> Trace:
+    rows = [(1.0, "thought"), (-1.0, "thought"), (-1.0, "answer")]
+    tokens = [
+        {"question": 0, "pos": p, "text": "x", "role": role, "gate_logit": l, "gate_noise": noise} for p, (l, role) in enumerate(rows)
+    ]
+    return Trace.build("dtt", tokens=[row | {"gate": float(row["gate_logit"] + noise > 0)} for row in tokens])
+
+
+def test_gates_of_two_checkpoints_are_decided_again_together():
+    explorer = view.explore_gates({"one": gates_trace(0.0), "two": gates_trace(-2.0)})
+    assert explorer.values == {"temperature": 1.0, "gate_threshold": 0.5, "hard": True, "noise": True}
+    means = lambda: explorer.view.summary.set_index(["run", "group"])["mean"].to_dict()  # noqa: E731
+    assert means() == {("one", "inside"): 0.5, ("one", "outside"): 0.0, ("two", "inside"): 0.0, ("two", "outside"): 0.0}
+    explorer.controls["noise"].value = False
+    assert means()["two", "inside"] == 0.5
+    explorer.controls["gate_threshold"].value = 0.2
+    assert means()["one", "outside"] == 1.0
+    assert not view.explore_gates(Trace.build("hrpo", tokens=[{"question": 0, "pos": 0, "text": "x", "gate": 0.5}])).controls
+
+
 def test_controls_appear_only_for_what_was_recorded():
     plain = Trace.build("codi", tokens=[{"question": 0, "pos": 0, "text": "x", "prob": 0.5}])
     assert set(view.explore(plain).controls) == {"sample", "channel"}
@@ -57,7 +77,9 @@ def test_controls_appear_only_for_what_was_recorded():
     explorer.controls["temperature"].value = 0.5
     assert "mean gate 0.373" in explorer.picture.value
     explorer.controls["hard"].value = True
-    assert "Hard gates: mean gate 0.333" in explorer.picture.value
+    assert "Hard gates at threshold 0.50: mean gate 0.333" in explorer.picture.value
+    explorer.controls["gate_threshold"].value = 0.9
+    assert "mean gate 0.000" in explorer.picture.value
     with pytest.raises(DataError, match="no tokens"):
         view.explore(Trace.build("tah"))
 

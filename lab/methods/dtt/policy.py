@@ -9,14 +9,17 @@ from torch import Tensor
 
 from lab.errors import SettingsError, TrainingError
 from lab.latent.draws import Stream
+from lab.latent.edit import Mix
 from lab.latent.loop import Budget
 from lab.latent.policy import Policy, Rows
 from lab.latent.record import Ask, Response, Responses, respond
 from lab.latent.sampling import Sampling
 from lab.methods.dtt.config import BOT, EOT, MARKER
-from lab.methods.dtt.gate import residual
+from lab.methods.dtt.gate import noise_of, residual
 from lab.methods.dtt.model import SparseGatedModel
 from lab.methods.dtt.reward import find_span
+
+RECORDED = ("gate", "gate_logit", "gate_noise")
 
 
 class Marker:
@@ -46,7 +49,9 @@ class Marker:
 
 
 class GatedPolicy(Policy):
-    """Tokens are said as usual; the gate decides what is read of them. Notes `state`, `noise`, `gate`, `gate_logit` and `open`.
+    """Tokens are said as usual; the gate decides what is read of them.
+
+    Notes `state`, `noise` (uniform numbers), `gate`, `gate_logit`, `gate_noise` (what is added to the logit) and `open`.
 
     Args:
         drawn: gates are drawn; False takes the likelier side.
@@ -57,10 +62,11 @@ class GatedPolicy(Policy):
         super().__init__(model.decoder, (s.eos_id,) if s.eos_id >= 0 else (), sampling)
         self.gate, self.s, self.drawn = model.gate, s, drawn
         self.marker = Marker(model.tokenizer, model.device) if s.gate == "hrpo" else None
-        self.open = self.run = self._logits = None
+        self.open = self.run = self.inside = self._logits = self._mixed = None
 
     def begin(self, rows: Rows) -> None:
         self.open, self.run = torch.ones_like(rows.pos, dtype=torch.bool), torch.zeros_like(rows.pos)
+        self.inside = torch.full_like(self.open, self.s.bot_in_prompt or self.marker is not None)
 
     def logits(self, rows: Rows) -> Tensor:
         self._logits = super().logits(rows)
@@ -70,11 +76,21 @@ class GatedPolicy(Policy):
         embedding, state = self.decoder.embed(token), self._state(rows)
         uniform = rows.draws.uniform(rows.said, Stream.GATE) if self.drawn and self.s.gate == "dtt" else None
         mixed, open_ = self.gate(embedding, state, uniform), self._still_open(token, rows)
+        self._mixed = (embedding, mixed, open_)
         for name, value in (("state", state), ("noise", uniform), ("gate_logit", mixed.logit), ("open", open_)):
             if value is not None:
                 rows.note(name, value)
+        if uniform is not None and rows.wants("gate_noise"):
+            rows.note("gate_noise", noise_of(uniform, self.s.noise))
         rows.note("gate", mixed.gate if self.marker is None else mixed.gate * open_)
         return mixed.x if self.marker is None else torch.where(open_[:, None], mixed.x, embedding)
+
+    def mixed(self, token: Tensor, rows: Rows) -> Mix:
+        """Thoughts are what open gates let in between [bot] and [eot], of HRPO before the marker."""
+        embedding, mixed, open_ = self._mixed
+        inside = self.inside[rows.index] & (token != self.s.eot_id)
+        self.inside[rows.index] = inside | (token == self.s.bot_id)
+        return Mix(inside & open_ & (mixed.gate > 0), self.gate.without(embedding, mixed), embedding)
 
     def _state(self, rows: Rows) -> Tensor:
         if self.marker is None:
@@ -91,10 +107,10 @@ class GatedPolicy(Policy):
 
 
 class GatedResponses(Responses):
-    """Answers whose tokens carry `gate` and `gate_logit`; between [bot] and [eot], themselves special, they are thoughts."""
+    """Answers whose tokens carry their gate, its logit and its noise; between [bot] and [eot], themselves special, they are thoughts."""
 
     def _tokens(self, row: Response):
-        gates = {name: row.channels.get(name, []) for name in ("gate", "gate_logit")}
+        gates = {name: row.channels.get(name, []) for name in RECORDED}
         roles, first = self._roles(row), len(row.prompt)
         for token in super()._tokens(row):
             place = token["pos"] - first
@@ -130,7 +146,7 @@ def generate(
     prompts = [model.prompt(question) for question in questions]
     model.check_prompts(prompts, max_new_tokens)
     policy = GatedPolicy(model, sampling, drawn)
-    channels = tuple(dict.fromkeys(("gate", "gate_logit", *ask.pop("channels", ()))))
+    channels = tuple(dict.fromkeys((*RECORDED, *ask.pop("channels", ()))))
     asked = Ask(samples=samples, budget=Budget(answer=max_new_tokens), channels=channels, **ask)
     done = respond(model, prompts, lambda group: policy, asked)
     check_gates([value for row in done.rows for value in row.channels.get("gate", [])[: len(row.ids)]])
