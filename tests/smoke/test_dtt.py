@@ -69,6 +69,28 @@ def test_the_update_repeats_the_rollout_and_plain_embeddings_do_not(arch, settin
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.gate.parameters())
 
 
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_gradient_through_time_is_the_slope_of_the_same_values(arch):
+    """With soft gates and fixed noise, log-probabilities are a smooth function of the gate's bias."""
+    model = made(arch, spread=0.1, hard=False)
+    given, _, batch, told = acted(model)
+    through = GatedThinking(model, GateLearning(recompute="bptt"))
+    assert gap(through.log_probs(batch, 1.0)[0], told, batch.mask) <= 1e-4
+    bias, slopes = model.gate.gate_linear.bias, []
+    for thinking in (through, given):
+        slopes.append(torch.autograd.grad(thinking.log_probs(batch, 1.0)[0].sum(), bias)[0].item())
+    values = []
+    for step in (-1e-2, 1e-2):
+        with torch.no_grad():
+            bias += step
+            values.append(through.log_probs(batch, 1.0)[0].double().sum().item())
+            bias -= step
+    assert slopes[0] == pytest.approx((values[1] - values[0]) / 2e-2, rel=5e-3)
+    assert slopes[1] != pytest.approx(slopes[0], rel=0.1)  # the parallel pass leaves the part through time out
+    with pytest.raises(SettingsError, match="HRPO"):
+        GatedThinking(made(gate="hrpo"), GateLearning(recompute="bptt"))
+
+
 def test_hard_gates_with_a_credit_of_their_own_repeat_too():
     thinking, _, batch, told = acted(made(), credit="policy")
     assert gap(thinking.log_probs(batch, 1.0)[0], told, batch.mask) <= 1e-4

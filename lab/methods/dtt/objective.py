@@ -37,6 +37,24 @@ def seen_gates(model: SparseGatedModel, wide: int) -> tuple[Tensor, Tensor]:
     return seen.gate[:, wide:], seen.logit[:, wide:]
 
 
+def unrolled(model: SparseGatedModel, batch: Any, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """States (R, C, D), gates and logits (R, C − 1) made again one column after another, with gradient through time (`dtt.md` 2.7).
+
+    Args:
+        noise: (R, C) uniform numbers that the gates were drawn with.
+    """
+    decoder, kv, wide = model.decoder, model.decoder.grow(), batch.prompt.shape[1]
+    mask = torch.cat((batch.prompt_mask, batch.mask), 1).bool()
+    pos = (mask.cumsum(1) - 1).clamp(min=0)
+    states, seen = [decoder(decoder.embed(batch.prompt), pos[:, :wide], kv, valid=mask[:, :wide]).last[:, -1]], []
+    for t in range(batch.ids.shape[1] - 1):
+        seen.append(model.gate(decoder.embed(batch.ids[:, t]), states[-1], noise[:, t]))
+        column = slice(wide + t, wide + t + 1)
+        states.append(decoder(seen[-1].x[:, None], pos[:, column], kv, valid=mask[:, column]).last[:, 0])
+    gates, logits = (torch.stack([getattr(mixed, name) for mixed in seen], 1) for name in ("gate", "logit"))
+    return torch.stack(states, 1), gates, logits
+
+
 def warm_up(model: SparseGatedModel, batch: Written) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of the written columns, every gate closed."""
     loss = _written(model, read(model, batch), batch)

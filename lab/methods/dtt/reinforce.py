@@ -1,6 +1,7 @@
 """The gated side of GRPO: rollouts with drawn gates, updates over the same states and noise (`dtt.md` 2.7).
 
-States and noise are given inputs of the update, so it is one parallel pass. Axes: Q prompts, N samples, R = Q·N rows, C columns, D width.
+States and noise are given inputs of the update, so it is one parallel pass; or made again, with gradient through time (`recompute`).
+Axes: Q prompts, N samples, R = Q·N rows, C columns, D width.
 """
 
 import copy
@@ -22,7 +23,7 @@ from lab.latent.sampling import Sampling
 from lab.methods.dtt.data import inside
 from lab.methods.dtt.gate import open_probability
 from lab.methods.dtt.model import SparseGatedModel
-from lab.methods.dtt.objective import gate_error, gate_log_probs, log_probs, read, seen_gates
+from lab.methods.dtt.objective import gate_error, gate_log_probs, log_probs, read, seen_gates, unrolled
 from lab.methods.dtt.policy import GatedPolicy, check_gates
 from lab.rl import Acts, Completions
 
@@ -42,6 +43,7 @@ class GateLearning(Settings):
     min_temperature: float = Field(0.1, gt=0)
     anneal: bool = True  # from the model's temperature down to min_temperature, linearly over the steps
     constant_groups: Literal["keep", "drop"] = "keep"  # groups in which all are right, or all wrong
+    recompute: Literal["given", "bptt"] = "given"  # states of the update: as recorded, or made again with gradient through time
 
 
 class GatedThinking:
@@ -50,6 +52,8 @@ class GatedThinking:
     def __init__(self, model: SparseGatedModel, how: GateLearning):
         if how.credit == "policy" and not model.config.hard:
             raise SettingsError("credit='policy' needs hard gates: a soft gate is no act that has a probability.")
+        if how.recompute == "bptt" and model.config.gate == "hrpo":
+            raise SettingsError("recompute='bptt' is for DTT's gate: what HRPO's gate mixes in carries no gradient.")
         self.model, self.how = model, how
         self.start = getattr(model.gate, "temperature", 1.0)
         self.error: Tensor | None = None
@@ -117,15 +121,22 @@ class GatedThinking:
         model, record = self._held if self._plain and self._held is not None else self.model, batch.record
         if self._plain:
             return log_probs(model, read(model, batch), batch, temperature)
-        given = {"prev_hidden": record["state"], "gate_mask": record["open"]}
-        given |= {"gate_noise": record["noise"]} if "noise" in record else {}
-        found, entropy = log_probs(model, read(model, batch, **given), batch, temperature)
-        gates, logits = seen_gates(model, batch.prompt.shape[1])
+        states, gates, logits = self._read(batch)
+        found, entropy = log_probs(model, states, batch, temperature)
         self.error = gate_error(gates, record["inside"], batch.mask)
         if self.credit == "policy":
             wide = torch.nn.functional.pad
             found = found + self._gate_part(wide(gates.detach(), (0, 1)), wide(logits, (0, 1)), batch.mask.bool())
         return found, entropy
+
+    def _read(self, batch: Completions) -> tuple[Tensor, Tensor, Tensor]:
+        """States that predict the written columns, and the gates and logits that were read with them."""
+        model, record = self.model, batch.record
+        if self.how.recompute == "bptt" and batch.ids.shape[1] > 1:
+            return unrolled(model, batch, record["noise"])
+        given = {"prev_hidden": record["state"], "gate_mask": record["open"]}
+        given |= {"gate_noise": record["noise"]} if "noise" in record else {}
+        return read(model, batch, **given), *seen_gates(model, batch.prompt.shape[1])
 
 
 # ---- what a training shows ----
