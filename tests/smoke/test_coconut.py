@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lab.data.examples import Example
 from lab.errors import CheckpointError, SettingsError
-from lab.latent.plan import collate
+from lab.latent.plan import IGNORE, collate
 from lab.methods.coconut.checkpoint import export_official
 from lab.methods.coconut.config import CoconutSettings, Schedule
 from lab.methods.coconut.data import prepare, training_row
@@ -239,3 +239,28 @@ def test_gradient_checkpointing_is_refused(tmp_path: Path):
     kept = prepare(EXAMPLES, model.tokenizer).rows
     with pytest.raises(SettingsError, match="fed back"):
         train(model, kept, kept, Schedule(epochs=1), small(gradient_checkpointing=True), tmp_path)
+
+
+@pytest.mark.parametrize("arm", ["cot", "no_thoughts"])
+def test_the_written_and_the_thoughtless_arm_train_and_answer(arm: str, tmp_path: Path):
+    """cot keeps every step and has no stage; no_thoughts drops steps stage by stage and puts nothing in their place."""
+    from lab.data.source import Source
+    from lab.methods.coconut import stages
+
+    source = Source.check(benchmark="permutations", hops=2, train_problems=64, test_problems=20, seed=0)
+    problems = source.train()
+    s, schedule = CoconutSettings(c_thought=1, epochs_per_stage=1, max_latent_stage=2), Schedule(epochs=4)
+    how, rows = TrainSettings(steps=1, global_batch=16, save_every=0), []
+    toy = dict(layers=1, initializer_range=0.1)
+    found = stages.run_arm(
+        arm, source, problems, s, schedule, how, tmp_path, lambda **row: rows.append(row), backbone="toy:gpt2-micro", **toy
+    )
+    assert found["steps"] == 16 and [row["stage"] for row in rows][-1] == (3 if arm == "no_thoughts" else 0)
+    model = stages.models_in(tmp_path)[arm]
+    assert model.config.mode == arm and model.config.start_id == -1
+    answers = model.generate(source.held_out()[:4], max_new_tokens=8)
+    assert all(row.thoughts == 0 and len(row.ids) <= 8 for row in answers.rows)
+    row = prepare(problems, model.tokenizer).rows[0]
+    labels = training_row(row, model.config.stage, model.config).labels
+    written = sum(map(len, row.steps)) + len(row.answer) if arm == "cot" else len(row.answer)
+    assert sum(label != IGNORE for label in labels) == written
