@@ -2,19 +2,26 @@
 
 Processes are started by torch's elastic launcher (torchrun): where one dies the others are stopped, and the environment is what
 accelerate and the Trainer read. On a CPU `accelerate launch` would silently run one process; here the number is checked.
+
+Several machines: the notebook runs on the first, with LAB_NODES and LAB_ADDRESS (host:port of that machine) set; on each other one,
+`python -m lab.launch --address host:port --nodes N --node-rank K --processes P` takes part in every training until it is interrupted.
+What is to be done reaches them over the process group; only checkpoints need a folder that all machines see.
 """
 
+import argparse
+import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from lab import errors, files
@@ -22,7 +29,8 @@ from lab.errors import DeviceError, LabError, SettingsError
 
 Value = TypeVar("Value")
 
-_ASKED, _RESULT, _ERROR = "asked.json", "result.json", "error.json"
+_ASKED, _RESULT, _ERROR = "asked.pt", "result.pt", "error.json"
+_ROW = "\x1erow "  # begins a line of rank 0 that is a row for the parent's `on_row`, not text to show
 
 
 def world_size() -> int:
@@ -33,6 +41,13 @@ def world_size() -> int:
 def rank() -> int:
     """The number of this process, 0 for the one that writes files."""
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def check_world(asked: int, found: int | None = None) -> None:
+    """DeviceError unless as many processes came as were asked for (or one, which is how every launch begins)."""
+    found = world_size() if found is None else found
+    if found != asked:
+        raise DeviceError(f"{asked} processes were asked for, {found} came; start the training through lab (processes={asked}).")
 
 
 def on_main(call: Callable[[], Value]) -> Value:
@@ -52,77 +67,99 @@ def on_main(call: Callable[[], Value]) -> Value:
 
 
 def launch(
-    function: Callable[..., Any] | str,
+    function: Callable[..., Any],
     processes: int = 1,
     *,
-    nodes: int = 1,
-    node_rank: int = 0,
+    nodes: int = 0,
     address: str = "",
     show: Callable[[str], Any] | None = None,
+    on_row: Callable[[dict[str, Any]], Any] | None = None,
     **arguments: Any,
 ) -> Any:
     """What `function(**arguments)` returns on rank 0 of `nodes` × `processes` processes; here and now if that is one.
 
     Args:
-        function: importable, or its `module:name`; it runs in every process, after the process group is made.
-        nodes, node_rank, address: for several machines, each of which makes this call; address is host:port of node 0.
+        function: runs in every process, after the process group is made; anything dill can copy, as its arguments and its result.
+        nodes, address: machines and host:port of this one, to which the others come (see the module); default LAB_NODES, LAB_ADDRESS.
         show: takes each line the processes write (default: standard output, which a notebook cell shows).
-        arguments: as JSON holds them; so is the result.
+        on_row: gets what rank 0 gives to `send_row`.
 
     Raises the function's own LabError; DeviceError if devices or processes are missing or one died. An interrupt stops all of them.
     """
+    nodes, address = nodes or _nodes(), address or os.environ.get("LAB_ADDRESS", "")
     if processes * nodes == 1:
-        return (function if callable(function) else _function(function))(**arguments)
-    _check_devices(processes)
-    if nodes > 1 and not address:
-        raise SettingsError(f"{nodes} nodes need the address (host:port) of node 0.")
-    asked = {"function": _name(function), "arguments": _as_json(arguments), "processes": processes * nodes}
+        return function(**arguments)
+    check_devices(processes)
     with tempfile.TemporaryDirectory(prefix="lab-launch-") as folder:
-        files.write_json(Path(folder) / _ASKED, asked)
-        place = ["--standalone"] if nodes == 1 else [f"--nnodes={nodes}", f"--node-rank={node_rank}", *_master(address)]
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", *place, "-m", "lab.launch", folder]
-        code = _stream(command, show or _write)
-        return _outcome(Path(folder), code, node_rank)
+        _save((processes * nodes, function, arguments), Path(folder) / _ASKED)
+        command = [*_torchrun(processes, nodes, 0, address), folder]
+        code = _stream(command, _sorter(show or _write, on_row))
+        return _outcome(Path(folder), code)
 
 
-def _check_devices(processes: int) -> None:
-    import torch
+def send_row(row: dict[str, Any]) -> None:
+    """Hands a row from rank 0 of a launch to its `on_row`."""
+    if rank() == 0:
+        _write(f"{_ROW}{json.dumps(files.plain(row))}\n")
 
+
+def join(address: str, nodes: int, node_rank: int, processes: int = 1) -> int:
+    """Takes part, as machine `node_rank` of `nodes`, in one launch of the machine at `address`; its exit status."""
+    if not 0 < node_rank < nodes:
+        raise SettingsError(f"node_rank = {node_rank}: the machines beside the first are 1 to {nodes - 1}.")
+    check_devices(processes)
+    return _stream(_torchrun(processes, nodes, node_rank, address), _write)
+
+
+def check_devices(processes: int) -> None:
+    """DeviceError where there are GPUs, but fewer than `processes`."""
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
         raise DeviceError(f"{processes} processes asked for, but this machine has {torch.cuda.device_count()} GPU(s).")
 
 
-def _master(address: str) -> list[str]:
+def _nodes() -> int:
+    text = os.environ.get("LAB_NODES", "1")
+    if not text.isdigit() or int(text) < 1:
+        raise SettingsError(f"LAB_NODES = {text!r} is not a number of machines.")
+    return int(text)
+
+
+def _torchrun(processes: int, nodes: int, node_rank: int, address: str) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    if nodes == 1:
+        return [*command, "--standalone", "-m", "lab.launch"]
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise SettingsError(f"address = {address!r} is not host:port.")
-    return [f"--master-addr={host}", f"--master-port={port}"]
+        raise SettingsError(f"{nodes} machines need the address host:port of the first (LAB_ADDRESS), not {address!r}.")
+    place = [f"--nnodes={nodes}", f"--node-rank={node_rank}", f"--master-addr={host}", f"--master-port={port}"]
+    return [*command, *place, "-m", "lab.launch"]
 
 
-def _name(function: Callable[..., Any] | str) -> str:
-    name = function if isinstance(function, str) else f"{function.__module__}:{function.__qualname__}"
-    if name.startswith("__main__") or "<" in name:
-        raise SettingsError(f"{name} cannot be found by other processes; put the function into a module and import it.")
-    return name
+def _save(value: Any, path: Path) -> None:
+    """Copies live objects for other processes of this launch; they are read back by `_read` within the same call."""
+    import dill
+
+    try:
+        torch.save(value, path, pickle_module=dill)
+    except (TypeError, AttributeError, dill.PicklingError) as error:
+        raise SettingsError(f"Something cannot be handed to other processes: {error}.") from None
 
 
-def _function(name: str) -> Callable[..., Any]:
-    module, _, path = name.partition(":")
-    found: Any = import_module(module)
-    for part in path.split("."):
-        found = getattr(found, part)
-    return found
+def _read(path: Path) -> Any:
+    import dill
+
+    # our own objects, written a moment ago into a folder that only this user can open
+    return torch.load(path, map_location="cpu", weights_only=False, pickle_module=dill)
 
 
-def _as_json(arguments: dict[str, Any]) -> dict[str, Any]:
-    for name, value in arguments.items():
-        try:
-            same = json.loads(json.dumps(value)) == value
-        except TypeError:
-            same = False
-        if not same:
-            raise SettingsError(f"The argument {name} = {value!r} cannot be handed to other processes; give numbers, text, lists, dicts.")
-    return arguments
+def _sorter(show: Callable[[str], Any], on_row: Callable[[dict[str, Any]], Any] | None) -> Callable[[str], Any]:
+    def line(text: str) -> None:
+        if not text.startswith(_ROW):
+            show(text)
+        elif on_row is not None:
+            on_row(json.loads(text[len(_ROW) :]))
+
+    return line
 
 
 def _stream(command: list[str], show: Callable[[str], Any]) -> int:
@@ -162,44 +199,75 @@ def _write(line: str) -> None:
     sys.stdout.flush()
 
 
-def _outcome(folder: Path, code: int, node_rank: int) -> Any:
+def _outcome(folder: Path, code: int) -> Any:
     if (folder / _ERROR).exists():
         error = files.read_json(folder / _ERROR)
         raise getattr(errors, error["kind"], LabError)(error["message"])
     if code:
         raise DeviceError(f"A process of the launch died (exit status {code}) and the others were stopped; its last lines say why.")
-    return files.read_json(folder / _RESULT) if node_rank == 0 else None
+    return _read(folder / _RESULT)
 
 
-def _work(folder: Path) -> None:
-    """One process of a launch."""
-    asked = files.read_json(folder / _ASKED)
+def _work(folder: Path | None) -> None:
+    """One process of a launch; `folder` is where the machine that asked has put the work, None on the other machines."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
+    logging.getLogger("lab").setLevel(logging.INFO if os.environ["RANK"] == "0" else logging.ERROR)
     try:
-        _join(asked["processes"])
-        result = _function(asked["function"])(**asked["arguments"])
+        _join()
+        world, function, arguments = _asked(folder)
+        check_world(world)
+        result = function(**arguments)
         if rank() == 0:
-            files.write_json(folder / _RESULT, result)
+            _save(result, folder / _RESULT)
         dist.barrier()
         dist.destroy_process_group()
     except LabError as error:
-        files.write_json(folder / _ERROR, {"kind": type(error).__name__, "message": str(error)})
+        kept = {"kind": type(error).__name__, "message": str(error)}
+        if folder is not None:
+            files.write_json(folder / _ERROR, kept)
+        logging.getLogger("lab").error("%s", error)
         sys.exit(3)
 
 
-def _join(processes: int) -> None:
-    """Makes the process group, and checks that it is as large as asked."""
-    import torch
+def _asked(folder: Path | None) -> tuple[int, Callable[..., Any], dict[str, Any]]:
+    """How many processes shall do what with which arguments, from this machine's folder or over the process group."""
+    if int(os.environ["GROUP_WORLD_SIZE"]) == 1:
+        return _read(folder / _ASKED)
+    told = [(folder / _ASKED).read_bytes() if rank() == 0 else None]
+    dist.broadcast_object_list(told, src=0)
+    with tempfile.NamedTemporaryFile(prefix="lab-launch-") as file:
+        file.write(told[0])
+        file.flush()
+        return _read(Path(file.name))
 
+
+def _join() -> None:
+    """Makes the process group."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    if dist.get_world_size() != processes:
-        raise DeviceError(f"{processes} processes were asked for, {dist.get_world_size()} came.")
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser("python -m lab.launch", description="Take part in another machine's trainings, one by one.")
+    parser.add_argument("folder", nargs="?", type=Path, help=argparse.SUPPRESS)  # given by torchrun on the first machine
+    parser.add_argument("--address", help="host:port of the first machine")
+    for name, default, text in (("nodes", 2, "machines in all"), ("node-rank", 1, "number of this one"), ("processes", 1, "on this one")):
+        parser.add_argument(f"--{name}", type=int, default=default, help=text)
+    asked = parser.parse_args()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _work(asked.folder)
+        return
+    if not asked.address:
+        parser.error("--address is needed")
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            join(asked.address, asked.nodes, asked.node_rank, asked.processes)
 
 
 if __name__ == "__main__":
-    from lab.launch import _work as work  # the module under its own name, so that everyone sees one copy
+    from lab.launch import _main as main  # the module under its own name, so that everyone sees one copy
 
-    work(Path(sys.argv[1]))
+    main()

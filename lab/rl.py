@@ -14,20 +14,18 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lab import files
-from lab.config import Settings
 from lab.errors import DataError, SettingsError, TrainingError
 from lab.latent.draws import Keyed
-from lab.launch import on_main, rank, world_size
-from lab.optim import Group, Schedule, lr_factor
-from lab.stability import Guard, Recovery, Ring
-from lab.train import FACTS, METRICS, TrainResult, check_tracker
+from lab.launch import on_main, world_size
+from lab.optim import Schedule, lr_factor
+from lab.stability import Detector, Recovery, Ring
+from lab.train import Common, TrainResult, check_common, finish, open_folder, row_writer, shown, together
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +78,7 @@ class Thinking(Protocol):
         ...
 
 
-class RLSettings(Settings):
+class RLSettings(Common):
     """How to train by GRPO. A step draws `prompts` prompts and `samples` completions of each."""
 
     steps: int = Field(ge=1)
@@ -92,34 +90,16 @@ class RLSettings(Settings):
     iterations: int = Field(1, ge=1)  # updates on each rollout
     lr: float = Field(1e-5, gt=0)
     schedule: Schedule = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    betas: list[float] = [0.9, 0.999]
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    decay_all: bool = False
-    groups: list[Group] = []
-    clip: float = Field(1.0, ge=0)
     beta: float = Field(0.0, ge=0)  # weight of the divergence from the reference
     epsilon: float = Field(0.2, gt=0)
     loss_type: Literal["bnpo", "grpo", "dr_grpo", "dapo"] = "bnpo"
     scale_rewards: Literal["group", "batch", "none"] = "group"
     dropout: bool = False  # in the update; the rollout has none, so the gap will show it
-    bf16: bool = False
-    stability: Literal["safe", "paper"] = "safe"
-    gradient_checkpointing: bool = False
     largest_gap: float = Field(1e-2, ge=0)  # stop training where the log-probabilities differ by more; 0 = only log it
-    seed: int = 0
-    guard: Guard = Guard()
-    save_every: int = Field(200, ge=0)
-    keep: int = Field(3, ge=1)
-    eval_every: int = Field(0, ge=0)
-    load_best: bool = False
     log_every: int = Field(10, ge=1)
-    report_to: Literal["none", "wandb", "tensorboard"] = "none"
-    device: Literal["auto", "cpu"] = "auto"
 
     @model_validator(mode="after")
-    def _consistent(self) -> "RLSettings":
+    def _consistent(self) -> Self:
         if self.gradient_checkpointing:
             raise ValueError("gradient checkpointing drops the cache that thoughts need; leave it off and lower micro_batch instead")
         if self.micro_batch and (self.prompts * self.samples) % self.micro_batch:
@@ -128,21 +108,11 @@ class RLSettings(Settings):
             raise ValueError(
                 f"save_every {self.save_every} must be a multiple of iterations {self.iterations}, so that a rollout is not cut"
             )
-        if self.load_best and not self.eval_every:
-            raise ValueError("load_best needs eval_every")
         return self
-
-    @property
-    def keep_best(self) -> bool:
-        """Whether the best weights are kept beside the ring."""
-        return self.load_best
 
     def rate(self, step: int) -> float:
         """The fraction of `lr` at `step` (0-based)."""
         return lr_factor(step, self.steps, self.schedule, self.warmup_steps)
-
-
-_FREE_TO_CHANGE = {"micro_batch", "guard", "save_every", "keep", "eval_every", "log_every", "report_to", "device", "load_best"}
 
 
 def reinforce(
@@ -172,19 +142,20 @@ def reinforce(
 
     Raises SettingsError or DataError before anything expensive; TrainingError where the update does not repeat the rollout.
     """
-    from lab.progress import Progress
-    from lab.stability import Detector
+    if settings.processes > 1:
+        options = {"validate": validate, "label": label, "trainer_class": trainer_class}
+        given = {"thinking": thinking, "prompts": prompts, "columns": columns, "rewards": rewards, "folder": folder}
+        return together(reinforce, model, settings, step_logger, **given, **options)
     from lab.stability.guarded import train_guarded
     from lab.trl_trainer import LatentGRPOTrainer
 
     folder, began = Path(folder), time.monotonic()
     _check(model, prompts, columns, rewards, settings)
-    write_row = _row_writer(folder, step_logger)
-    on_main(lambda: _open(folder, model, settings, len(prompts), write_row))
+    write_row = row_writer(folder, step_logger)
+    on_main(lambda: open_folder(folder, model, settings, len(prompts), write_row))
     ring, recovery = Ring(folder, settings.keep), Recovery.read(folder, settings.guard)
     resumed = on_main(lambda: max(ring.steps(), default=None))
-    with Progress(label, settings.steps) as progress:
-        progress.start_at(resumed or 0)
+    with shown(label, settings.steps, resumed) as progress:
         job = SimpleNamespace(model=model, validate=validate, write_row=write_row, on_step=progress.at)
 
         def build() -> LatentGRPOTrainer:
@@ -193,7 +164,7 @@ def reinforce(
             return trainer
 
         trainer = train_guarded(build, ring, settings.guard, recovery, lambda event, step: write_row({"event": event, "step": step}))
-    return trainer.finish(resumed, time.monotonic() - began)
+    return finish(trainer, resumed, time.monotonic() - began)
 
 
 def _check(model: nn.Module, prompts: Sequence, columns: Mapping[str, Sequence], rewards: Mapping, s: RLSettings) -> None:
@@ -202,32 +173,13 @@ def _check(model: nn.Module, prompts: Sequence, columns: Mapping[str, Sequence],
     for name, values in columns.items():
         if len(values) != len(prompts):
             raise DataError(f"Column {name!r} has {len(values)} values for {len(prompts)} prompts.")
-    check_tracker(s.report_to)
+    check_common(s)
     if not rewards or not any(rewards.values()):
         raise SettingsError("Give at least one reward function with a weight other than 0.")
     if getattr(model.backbone, "is_activation_checkpointing", False):
         raise SettingsError("Gradient checkpointing is on in the model: it drops the cache that thoughts need. Switch it off.")
     if (s.prompts * s.samples) % world_size():
         raise SettingsError(f"{s.prompts * s.samples} completions cannot be shared by {world_size()} processes.")
-
-
-def _row_writer(folder: Path, step_logger: Callable[..., None] | None) -> Callable[[dict[str, Any]], None]:
-    if step_logger is not None:
-        return lambda row: step_logger(**row) if rank() == 0 else None
-    return lambda row: files.append_line(folder / METRICS, row) if rank() == 0 else None
-
-
-def _open(folder: Path, model: nn.Module, s: RLSettings, prompts: int, write_row: Callable[[dict[str, Any]], None]) -> None:
-    kept = {name: value for name, value in s.model_dump().items() if name not in _FREE_TO_CHANGE}
-    shapes = [(name, list(p.shape), p.requires_grad) for name, p in model.named_parameters()]
-    facts = files.plain({"settings": kept, "examples": prompts, "parameters": files.digest(shapes)})
-    if not (folder / FACTS).exists():
-        files.write_json(folder / FACTS, facts)
-        return
-    before = files.read_json(folder / FACTS)
-    if before != facts:
-        raise SettingsError(f"{folder} holds a training with other settings, data or model; choose another folder.")
-    write_row({"event": "resume", "step": max(Ring(folder, s.keep).steps(), default=0)})
 
 
 class PromptOrder:

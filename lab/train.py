@@ -2,11 +2,12 @@
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -14,30 +15,25 @@ from torch import Tensor, nn
 from lab import files, optim
 from lab.config import Settings
 from lab.errors import DataError, RunError, SettingsError
-from lab.launch import on_main, rank, world_size
+from lab.launch import check_world, launch, on_main, rank, send_row, world_size
 from lab.optim import Group, Schedule
 from lab.progress import Progress
+from lab.sharding import Sharding, check_sharding
 from lab.stability import Detector, Guard, Recovery, Ring
 
 log = logging.getLogger(__name__)
 
 METRICS, FACTS = "metrics.jsonl", "training.json"
 _FREE_TO_CHANGE = {"micro_batch", "guard", "save_every", "keep", "eval_every", "log_every", "report_to", "device", "load_best"}
+_FREE_TO_CHANGE |= {"processes", "sharding"}
 
 
-class TrainSettings(Settings):
-    """How to train. Give `steps` or `epochs`, not both; `micro_batch` 0 means the whole global batch at once."""
+class Common(Settings):
+    """What every kind of training is told."""
 
-    steps: int = Field(0, ge=0)
-    epochs: float = Field(0.0, ge=0)
-    global_batch: int = Field(8, ge=1)
-    micro_batch: int = Field(0, ge=0)
-    order: Literal["shuffle", "as_given"] = "shuffle"
     lr: float = Field(1e-3, gt=0)
     schedule: Schedule = "linear"
     warmup_steps: int = Field(0, ge=0)
-    warmup_ratio: float = Field(0.0, ge=0, le=1)
-    min_lr_ratio: float = Field(0.0, ge=0, le=1)
     betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -46,7 +42,6 @@ class TrainSettings(Settings):
     clip: float = Field(1.0, ge=0)  # global gradient norm; 0 = never
     bf16: bool = False  # autocast
     stability: Literal["safe", "paper"] = "safe"  # safe: all that learns, and its moments, in float32
-    freeze: list[str] = []  # dotted paths
     gradient_checkpointing: bool = False
     seed: int = 0
     guard: Guard = Guard()
@@ -57,15 +52,11 @@ class TrainSettings(Settings):
     log_every: int = Field(10, ge=0)
     report_to: Literal["none", "wandb", "tensorboard"] = "none"
     device: Literal["auto", "cpu"] = "auto"
+    processes: int = Field(1, ge=1)  # of each machine; they share the global batch
+    sharding: Sharding = "ddp"  # what they keep copies of (see lab.sharding)
 
     @model_validator(mode="after")
-    def _consistent(self) -> "TrainSettings":
-        if (self.steps > 0) == (self.epochs > 0):
-            raise ValueError(f"give either steps or epochs (now steps={self.steps}, epochs={self.epochs:g})")
-        if self.warmup_steps and self.warmup_ratio:
-            raise ValueError("give either warmup_steps or warmup_ratio")
-        if self.min_lr_ratio and self.schedule != "cosine_with_min_lr":
-            raise ValueError("min_lr_ratio belongs to schedule cosine_with_min_lr")
+    def _best_needs_scores(self) -> Self:
         if self.load_best and not self.eval_every:
             raise ValueError("load_best needs eval_every")
         return self
@@ -74,6 +65,29 @@ class TrainSettings(Settings):
     def keep_best(self) -> bool:
         """Whether the best weights are kept beside the ring."""
         return self.load_best
+
+
+class TrainSettings(Common):
+    """How to train. Give `steps` or `epochs`, not both; `micro_batch` 0 means the whole global batch at once."""
+
+    steps: int = Field(0, ge=0)
+    epochs: float = Field(0.0, ge=0)
+    global_batch: int = Field(8, ge=1)
+    micro_batch: int = Field(0, ge=0)
+    order: Literal["shuffle", "as_given"] = "shuffle"
+    warmup_ratio: float = Field(0.0, ge=0, le=1)
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    freeze: list[str] = []  # dotted paths
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.steps > 0) == (self.epochs > 0):
+            raise ValueError(f"give either steps or epochs (now steps={self.steps}, epochs={self.epochs:g})")
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError("give either warmup_steps or warmup_ratio")
+        if self.min_lr_ratio and self.schedule != "cosine_with_min_lr":
+            raise ValueError("min_lr_ratio belongs to schedule cosine_with_min_lr")
+        return self
 
     def total(self, examples: int) -> int:
         """Optimizer steps over `examples`; batches run across passes: every example is seen `epochs` times, the last batch is filled up."""
@@ -155,6 +169,9 @@ def fit(
 
     Raises SettingsError, DataError or RunError before anything expensive; TrainingError when rollbacks do not help.
     """
+    if settings.processes > 1:
+        options = {"count": count, "validate": validate, "lengths": lengths, "resume": resume, "label": label}
+        return together(fit, model, settings, step_logger, dataset=dataset, collate=collate, loss=loss, folder=folder, **options)
     from lab.stability.guarded import train_guarded
     from lab.trainer import Job, Plan, Supervised
 
@@ -162,12 +179,11 @@ def fit(
     _check(model, dataset, loss, settings)
     plan = _plan(Plan, settings, len(dataset), lengths)
     optim.freeze(model, settings.freeze)
-    write_row = _row_writer(folder, step_logger)
-    on_main(lambda: _open(folder, _facts(model, settings, len(dataset)), resume, write_row, settings))
+    write_row = row_writer(folder, step_logger)
+    on_main(lambda: open_folder(folder, model, settings, len(dataset), write_row, resume))
     ring, recovery = Ring(folder, settings.keep), Recovery.read(folder, settings.guard)
     resumed = on_main(lambda: max(ring.steps(), default=None))
-    with Progress(label, plan.steps) if rank() == 0 else _Silent() as progress:
-        progress.start_at(resumed or 0)
+    with shown(label, plan.steps, resumed) as progress:
         job = Job(model, dataset, collate, loss, count, validate, write_row, settings, plan, progress.at)
 
         def build() -> Supervised:
@@ -178,7 +194,51 @@ def fit(
             return trainer
 
         trainer = train_guarded(build, ring, settings.guard, recovery, lambda event, step: write_row({"event": event, "step": step}))
-    return _finish(trainer, folder, resumed, time.monotonic() - began)
+    return finish(trainer, resumed, time.monotonic() - began)
+
+
+def together(
+    train: Callable[..., TrainResult], model: nn.Module, settings: Common, logger: Callable | None, **arguments: Any
+) -> TrainResult:
+    """What `train(model=…, settings=…, **arguments)` comes to in `settings.processes` processes, which leaves its weights in `model`."""
+    if world_size() > 1:
+        raise SettingsError(f"These are {world_size()} processes already; set processes to 1 in the training's settings.")
+    alone = settings.but(processes=1)
+    arguments |= {"model": model, "settings": alone, "step_logger": _send if logger else None}
+    on_row = (lambda row: logger(**row)) if logger else None
+    result, weights = launch(_trained, settings.processes, on_row=on_row, train=train, arguments=arguments)
+    _take_up(model, weights)
+    return result
+
+
+def _send(**row: Any) -> None:
+    send_row(row)
+
+
+def _trained(train: Callable[..., TrainResult], arguments: dict[str, Any]) -> tuple[TrainResult, dict[str, Tensor]]:
+    from lab.stability.guarded import learned
+
+    result = train(**arguments)
+    return result, {name: tensor.detach().cpu() for name, tensor in learned(arguments["model"]).items()} if rank() == 0 else {}
+
+
+def _take_up(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Gives `model` what the processes trained, in the type it was trained in; it is left as a training here leaves it."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in weights)
+        if name in weights:
+            parameter.data = weights[name].to(parameter.device)
+    for name, buffer in model.named_buffers():
+        if name in weights:
+            buffer.copy_(weights[name])
+    model.eval()
+
+
+def shown(label: str, total: int, resumed: int | None) -> Progress:
+    """A training's progress, to be entered; other processes than the first show nothing."""
+    progress = Progress(label, total) if rank() == 0 else _Silent()
+    progress.start_at(resumed or 0)
+    return progress
 
 
 def _check(model: nn.Module, dataset: Sequence[Any], loss: Callable, s: TrainSettings) -> None:
@@ -194,15 +254,19 @@ def _check(model: nn.Module, dataset: Sequence[Any], loss: Callable, s: TrainSet
         if not hasattr(model, "gradient_checkpointing_enable"):
             raise SettingsError(f"{type(model).__name__} has no gradient checkpointing; set gradient_checkpointing to false.")
         model.gradient_checkpointing_enable()
-    check_tracker(s.report_to)
+    check_common(s)
 
 
-def check_tracker(name: str) -> None:
-    """SettingsError where `report_to` names a package that is not installed."""
+def check_common(s: Common) -> None:
+    """SettingsError for a tracker that is not installed; DeviceError for processes or a sharding that cannot be had here."""
     from importlib.util import find_spec
 
-    if name != "none" and find_spec(name) is None:
-        raise SettingsError(f"report_to={name!r} needs a package that is not there; run: pip install {name} (or set report_to to none).")
+    if s.report_to != "none" and find_spec(s.report_to) is None:
+        raise SettingsError(
+            f"report_to={s.report_to!r} needs a package that is not there; run: pip install {s.report_to} (or set report_to to none)."
+        )
+    check_world(int(os.environ.get("WORLD_SIZE", 1)))
+    check_sharding(s.sharding)
 
 
 def _plan(make: Callable, s: TrainSettings, examples: int, lengths: Sequence[int] | None) -> Any:
@@ -213,14 +277,11 @@ def _plan(make: Callable, s: TrainSettings, examples: int, lengths: Sequence[int
     return make(s.total(examples), examples, s.global_batch, micro, s.seed, s.order == "shuffle", lengths)
 
 
-def _facts(model: nn.Module, s: TrainSettings, examples: int) -> dict[str, Any]:
+def open_folder(folder: Path, model: nn.Module, s: Common, examples: int, write_row: Callable, resume: bool = True) -> None:
+    """Makes the folder this training's own, or finds that it is (else RunError); a resumed one notes from where it goes on."""
     kept = {name: value for name, value in s.model_dump().items() if name not in _FREE_TO_CHANGE}
     shapes = [(name, list(p.shape), p.requires_grad) for name, p in model.named_parameters()]
-    return {"settings": kept, "examples": examples, "parameters": files.digest(shapes)}
-
-
-def _open(folder: Path, facts: dict[str, Any], resume: bool, write_row: Callable, s: TrainSettings) -> None:
-    """Makes the folder this training's own, or finds that it is; a resumed one notes from where it goes on."""
+    facts = files.plain({"settings": kept, "examples": examples, "parameters": files.digest(shapes)})
     path = folder / FACTS
     if not path.exists():
         files.write_json(path, facts)
@@ -228,14 +289,15 @@ def _open(folder: Path, facts: dict[str, Any], resume: bool, write_row: Callable
     if not resume:
         raise RunError(f"{folder} holds a training already; choose another folder, or resume=True to continue it.")
     before = files.read_json(path)
-    changed = [name for name, value in files.plain(facts["settings"]).items() if before["settings"].get(name) != value]
+    changed = [name for name, value in facts["settings"].items() if before["settings"].get(name) != value]
     changed += [name for name in ("examples", "parameters") if before[name] != facts[name]]
     if changed:
         raise RunError(f"{folder} holds a training with another {', '.join(changed)}; choose another folder, or put the old values back.")
     write_row({"event": "resume", "step": max(Ring(folder, s.keep).steps(), default=0)})
 
 
-def _row_writer(folder: Path, step_logger: Callable[..., None] | None) -> Callable[[dict[str, Any]], None]:
+def row_writer(folder: Path, step_logger: Callable[..., None] | None) -> Callable[[dict[str, Any]], None]:
+    """Where rank 0's metrics rows go: to `step_logger`, or to `folder`/metrics.jsonl."""
     if step_logger is not None:
         return lambda row: step_logger(**row) if rank() == 0 else None
     return lambda row: files.append_line(folder / METRICS, row) if rank() == 0 else None
@@ -254,19 +316,21 @@ def _set_precision(model: nn.Module, s: TrainSettings, force: bool) -> None:
         )
 
 
-def _finish(trainer: Any, folder: Path, resumed: int | None, seconds: float) -> TrainResult:
+def finish(trainer: Any, resumed: int | None, seconds: float) -> TrainResult:
+    """Saves the end, takes up the best weights if asked for, and says how it went."""
+    from lab.stability.guarded import WEIGHTS, load_learned
+
     s, steps, ring = trainer.s, trainer.state.global_step, trainer.ring
     if s.save_every and not on_main(lambda: steps in ring.steps()):
         trainer.save(steps)
+    trainer.end()
     if s.load_best and trainer.best["step"]:
-        from lab.stability.guarded import WEIGHTS, load_learned
-
-        load_learned(trainer.learner, folder / "best" / WEIGHTS)
+        load_learned(trainer.learner, ring.folder / "best" / WEIGHTS)
     trainer.model.zero_grad()
     trainer.learner.eval()
-    events = files.read_lines(folder / "divergence.jsonl")
+    events = files.read_lines(ring.folder / "divergence.jsonl")
     learning = sum(p.numel() for p in trainer.learner.parameters() if p.requires_grad)
-    return TrainResult(steps, seconds, trainer.last_row, trainer.best, trainer.stopped, resumed, trainer.plan.micro_batch, learning, events)
+    return TrainResult(steps, seconds, trainer.last_row, trainer.best, trainer.stopped, resumed, trainer.micro_batch, learning, events)
 
 
 class _Silent:

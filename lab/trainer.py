@@ -6,7 +6,7 @@ import math
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
-from lab import files, optim
+from lab import files, optim, sharding
 from lab.errors import DeviceError, TrainingError
-from lab.launch import on_main, rank, world_size
-from lab.stability.guarded import STATE, WEIGHTS, Diverged, Guarded, learned
+from lab.launch import check_world, on_main, rank, world_size
+from lab.stability.guarded import STATE, WEIGHTS, Diverged, Guarded
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,8 @@ class Supervised(Guarded, Trainer):
 
     def __init__(self, job: Job, folder: str) -> None:
         self.job, self.s, self.plan = job, job.settings, job.plan
-        super().__init__(model=Step(job.model, job.loss), args=_arguments(self.s, self.plan, folder))
+        super().__init__(model=sharded(Step(job.model, job.loss), self.s), args=_arguments(self.s, self.plan, folder))
+        check_world(world_size(), self.args.world_size)
         self.args._n_gpu = 1  # one process drives one device
         self.loss_is_scaled_for_ga = True
         self.accelerator.free_memory = lambda *objects: list(objects)  # nothing to free yet; a full collection takes a quarter second
@@ -135,6 +136,11 @@ class Supervised(Guarded, Trainer):
     @property
     def learner(self) -> nn.Module:
         return self.job.model
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows at a time, after all halvings."""
+        return self.plan.micro_batch
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Trains to the end; a checkpoint of the end is only taken up."""
@@ -177,7 +183,8 @@ class Supervised(Guarded, Trainer):
             model.train()
         while True:
             try:
-                return self._accumulate(model, inputs)
+                with sharding.whole(self.model):
+                    return self._accumulate(model, inputs)
             except RuntimeError as error:
                 self._make_room(model, error)
 
@@ -196,13 +203,19 @@ class Supervised(Guarded, Trainer):
         signals: dict[str, Any] = {}
         for index, ((row, _), batch, count) in enumerate(work):
             _seed_draws(self.plan.key(self.recovery.generation, self.state.global_step, row))
-            with nullcontext() if index == len(work) - 1 else self.accelerator.no_sync(model):
+            with self._summing(model, index == len(work) - 1):
                 loss, parts = self._weighted(*model(self._to_device(batch)), count, totals)
                 self.accelerator.backward(loss * world_size())
             for name, value in parts.items():
                 signals[name] = signals.get(name, 0.0) + value
         self.signals = signals
         return torch.zeros((), device=self.args.device)
+
+    def _summing(self, model: nn.Module, last: bool) -> AbstractContextManager:
+        """Gradients are summed over processes in the last micro-batch of a step only."""
+        if sharding.is_sharded(self.model):
+            return sharding.accumulating(self.model, last)
+        return nullcontext() if last else self.accelerator.no_sync(model)
 
     def _pieces(self, examples: list) -> list[tuple[int, list]]:
         """This process's micro-batches with the row of the global batch at which each begins."""
@@ -244,6 +257,8 @@ class Supervised(Guarded, Trainer):
         torch.cuda.empty_cache()
         self.plan.micro_batch = math.ceil(self.plan.micro_batch / 2)
         log.warning("Out of memory: micro-batch halved to %d, the global batch stays %d.", self.plan.micro_batch, self.plan.global_batch)
+        step = self.state.global_step + 1
+        self.job.write_row({"event": "out_of_memory", "step": step, "micro_batch": self.plan.micro_batch})
 
     # ---- after a step ----
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, learning_rate: float | None = None, **kwargs: Any) -> None:
@@ -286,7 +301,7 @@ class Supervised(Guarded, Trainer):
         if self.job.validate is None or not self.s.eval_every or (step % self.s.eval_every and step != self.plan.steps):
             return False
         self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), sharding.whole(self.model):
             found = on_main(lambda: dict(self.job.validate(self.job.model)))
         self.model.train()
         self.stopped = bool(found.pop("stop", False))
@@ -313,7 +328,7 @@ class Supervised(Guarded, Trainer):
         from safetensors.torch import save
 
         path = self.ring.folder / "best" / WEIGHTS
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in learned(self.learner).items()}
+        weights = {name: tensor.cpu() for name, tensor in self.weights().items()}
         on_main(lambda: files.write_bytes(path, save(weights)) and None)
 
     def more_state(self) -> dict[str, Any]:
@@ -322,6 +337,14 @@ class Supervised(Guarded, Trainer):
     def take_state(self, state: dict[str, Any]) -> None:
         self.sums, self.summed, self.stopped, self.last_row = state["sums"], state["summed"], state["stopped"], state["row"]
         self.best = {**state["best"], "score": float(state["best"]["score"])}
+
+
+def sharded(module: nn.Module, s: Any) -> nn.Module:
+    """What the Trainer is given: `module`, in pieces where the settings ask for it and there are several processes."""
+    if s.sharding == "ddp" or world_size() == 1:
+        return module
+    cuda = torch.cuda.is_available() and s.device != "cpu"
+    return sharding.shard(module, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"))
 
 
 def _arguments(s: Any, plan: Plan, folder: str) -> TrainingArguments:

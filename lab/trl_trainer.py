@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,13 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 from trl import GRPOConfig, GRPOTrainer
 
-from lab import optim
-from lab.files import read_lines
+from lab import optim, sharding
 from lab.latent.draws import Keyed
-from lab.launch import rank, world_size
+from lab.launch import check_world, rank, world_size
 from lab.rl import Acts, Completions, PromptOrder, RLSettings, Thinking, check_gap, gap
 from lab.stability import Recovery
-from lab.stability.guarded import WEIGHTS, Guarded, load_learned
-from lab.train import TrainResult
-from lab.trainer import Supervised
+from lab.stability.guarded import Guarded
+from lab.trainer import Supervised, sharded
 
 RECORD = "record_"
 
@@ -82,19 +81,23 @@ class LatentGRPOTrainer(Guarded, GRPOTrainer):
         _float32(model, settings)
         data = Dataset.from_list([{"prompt": list(ids), **{k: v[i] for k, v in columns.items()}} for i, ids in enumerate(prompts)])
         super().__init__(
-            model=Actor(model, thinking, settings.dropout),
+            model=sharded(Actor(model, thinking, settings.dropout), settings),
             reward_funcs=list(rewards),
             args=_arguments(settings, str(folder), recovery.clip, list(rewards.values())),
             train_dataset=data,
             processing_class=model.tokenizer,
             rollout_func=self._roll_out,
         )
+        check_world(world_size(), self.args.world_size)
         self.beta, self.ref_model = settings.beta, _Reference() if settings.beta else None
         self.remove_callback(PrinterCallback)
 
+    learner = Supervised.learner
+
     @property
-    def learner(self) -> nn.Module:
-        return self.job.model
+    def micro_batch(self) -> int:
+        """Completions in one forward of the update."""
+        return self.args.per_device_train_batch_size
 
     def _send_telemetry(self) -> None:
         """Nothing leaves the machine."""
@@ -108,21 +111,12 @@ class LatentGRPOTrainer(Guarded, GRPOTrainer):
         """Micro-steps between two rollouts."""
         return self.args.steps_per_generation * self.num_iterations
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        groups = optim.parameter_groups(self.learner, self.s.lr, self.s.weight_decay, self.s.groups, self.s.decay_all)
-        self.optimizer = optim.adamw(groups, self.s.betas, self.s.eps)
-        return self.optimizer
+    create_optimizer = Supervised.create_optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         self.lr_scheduler = optim.follow(self.optimizer, lambda step: self.s.rate(step) * self.recovery.lr_scale(step))
         self._created_lr_scheduler = True
         return self.lr_scheduler
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        ready = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if resume_from_checkpoint is None and self.s.guard.enabled:
-            self.save(0)
-        return ready
 
     # ---- rollout ----
     def _roll_out(self, prompts: list[list[int]], trainer: Any) -> dict[str, Any]:
@@ -200,7 +194,11 @@ class LatentGRPOTrainer(Guarded, GRPOTrainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         if self._step % self.args.gradient_accumulation_steps == 0:
             self.signals = {}
-        return super().training_step(model, inputs, num_items_in_batch)
+        with sharding.whole(self.model), sharding.accumulating(self.model, self.accelerator.sync_gradients):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager:
+        return nullcontext()  # training_step does it
 
     # ---- after a step ----
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, learning_rate: float | None = None, **kwargs: Any) -> None:
@@ -242,20 +240,6 @@ class LatentGRPOTrainer(Guarded, GRPOTrainer):
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         self.best, self.stopped = {**state["best"], "score": float(state["best"]["score"])}, state["stopped"]
         self._metrics["train"].update({name: list(map(float, values)) for name, values in state["metrics"].items()})
-
-    def finish(self, resumed: int | None, seconds: float) -> TrainResult:
-        """Saves the end, takes up the best weights if asked for, and says how it went."""
-        steps = self.state.global_step
-        if self.s.save_every and steps not in self.ring.steps():
-            self.save(steps)
-        if self.s.load_best and self.best["step"]:
-            load_learned(self.learner, self.ring.folder / "best" / WEIGHTS)
-        self.model.zero_grad()
-        self.learner.eval()
-        events = read_lines(self.ring.folder / "divergence.jsonl")
-        learning = sum(p.numel() for p in self.learner.parameters() if p.requires_grad)
-        micro = self.args.per_device_train_batch_size
-        return TrainResult(steps, seconds, self.last_row, self.best, self.stopped, resumed, micro, learning, events)
 
 
 class _Stream(Sampler):

@@ -216,11 +216,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def affine(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The fastest exact call of a linear: raw weights for plain linears, the module itself for wrapped ones."""
+    """The fastest exact call of a linear: raw weights for plain linears, the module itself for wrapped ones.
+
+    They are looked up at each call, here and in `norm`: sharded training exchanges a module's parameters.
+    """
     if type(module) is nn.Linear:
-        return partial(F.linear, weight=module.weight, bias=module.bias)
+        return partial(_linear, module._parameters)
     if type(module).__name__ == "Conv1D" and not hasattr(module, "base_layer"):
-        return partial(_conv1d, weight=module.weight, bias=module.bias)
+        return partial(_conv1d, module._parameters)
     return module
 
 
@@ -230,20 +233,29 @@ def lookup(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return (lambda ids: F.embedding(ids, module.weight)) if plain else module
 
 
-def _conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+def _linear(own: dict[str, Tensor], x: Tensor) -> Tensor:
+    return F.linear(x, own["weight"], own["bias"])
+
+
+def _conv1d(own: dict[str, Tensor], x: Tensor) -> Tensor:
+    return torch.addmm(own["bias"], x.reshape(-1, x.shape[-1]), own["weight"]).view(*x.shape[:-1], -1)
 
 
 def norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """A layer or RMS norm over raw weights; RMS in float32 as the models compute it."""
     if type(module) is nn.LayerNorm:
-        return partial(F.layer_norm, normalized_shape=module.normalized_shape, weight=module.weight, bias=module.bias, eps=module.eps)
+        return partial(_layer_norm, module._parameters, module.normalized_shape, module.eps)
     if type(module).__name__.endswith("RMSNorm"):
-        return partial(_rms, weight=module.weight, eps=module.variance_epsilon)
+        return partial(_rms, module._parameters, module.variance_epsilon)
     return module
 
 
-def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _layer_norm(own: dict[str, Tensor], shape: tuple[int, ...], eps: float, x: Tensor) -> Tensor:
+    return F.layer_norm(x, shape, own["weight"], own["bias"], eps)
+
+
+def _rms(own: dict[str, Tensor], eps: float, x: Tensor) -> Tensor:
+    weight = own["weight"]
     if x.dtype == torch.float32:
         return F.rms_norm(x, weight.shape, weight, eps)
     wide = x.float()

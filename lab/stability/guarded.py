@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lab import files
+from lab import files, sharding
 from lab.errors import CheckpointError, LabError
 from lab.launch import on_main, rank, world_size
 from lab.stability.detector import OK, Detector, Guard, Signals, Verdict
@@ -54,7 +54,7 @@ class Guarded:
 
     # ---- each step ----
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        norm = super()._clip_grad_norm(model)
+        norm = sharding.full(super()._clip_grad_norm(model))
         names = sorted(self.signals)
         self.gradient_norm, self.values = self._transfer(norm, names)
         verdict = self._judge()
@@ -128,9 +128,16 @@ class Guarded:
     # ---- checkpoints ----
     def save(self, step: int) -> None:
         """Writes the resumable checkpoint of `step` (rank 0; the others wait)."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise CheckpointError("Resumable checkpoints of sharded training (FSDP, DeepSpeed) are not built; set save_every=0, guard off.")
-        on_main(lambda: self.ring.save(step, self._write) and None)
+        weights, optimizer = self.weights(), sharding.full_state(self.optimizer.state_dict())
+        on_main(lambda: self.ring.save(step, lambda folder: self._write(folder, weights, optimizer)) and None)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What learns, whole, by name (called by all processes)."""
+        return {name: sharding.full(tensor.detach()).contiguous() for name, tensor in learned(self.learner).items()}
+
+    def end(self) -> None:
+        """Leaves the learner with plain, whole parameters."""
+        sharding.join(self.model)
 
     def more_state(self) -> dict[str, Any]:
         """What a trainer wants to keep beside the rest (JSON-like); `take_state` gets it back."""
@@ -139,11 +146,11 @@ class Guarded:
     def take_state(self, state: dict[str, Any]) -> None:
         """Takes up what `more_state` returned when the checkpoint was written."""
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
         from safetensors.torch import save_file
 
-        save_file({name: tensor.detach().contiguous() for name, tensor in learned(self.learner).items()}, folder / WEIGHTS)
-        torch.save(self.optimizer.state_dict(), folder / OPTIMIZER)
+        save_file(weights, folder / WEIGHTS)
+        torch.save(optimizer, folder / OPTIMIZER)
         torch.save(_random_state(), folder / RANDOM)
         self.state.save_to_json(str(folder / "trainer_state.json"))
         state = {"detector": self.detector.state(), "more": self.more_state(), "processes": world_size()}
@@ -156,7 +163,7 @@ class Guarded:
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        self.optimizer.load_state_dict(torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu"))
+        sharding.restore(self.optimizer, torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu"))
         state = files.read_json(folder / STATE)
         self.detector.restore(state["detector"])
         self.take_state(state["more"])
@@ -195,6 +202,7 @@ def train_guarded(build: Any, ring: Ring, guard: Guard, recovery: Recovery, on_e
             trainer.train(resume_from_checkpoint=str(ring.path(last)) if last is not None else None)
             return trainer
         except Diverged as error:
+            trainer.end()
             last = on_main(lambda error=error: _go_back(error, ring, guard, recovery))
             recovery.events[:] = on_main(lambda: recovery.events)
             on_event("rollback", last)
@@ -232,7 +240,7 @@ def load_learned(model: nn.Module, path: Path) -> None:
         raise CheckpointError(f"{path} was saved from another model: {wrong[0]!r} is missing, unexpected or of another shape.")
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(saved[name])
+            tensor.copy_(sharding.pieces(saved[name], tensor))
 
 
 def _random_state() -> dict[str, Any]:

@@ -32,16 +32,16 @@ def loss(model, batch):
     logits = model(batch["ids"])[:, :-1]
     ce = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
     norm = logits.square().mean(dim=(1, 2)).mean()
-    return ce + 0.1 * norm, {"ce": ce, "norm": norm}
+    return ce + 0.1 * norm, {"ce": ce, "norm": norm, "test/world": world_size()}
 
 
-def train(folder, steps=12, **changes):
+def train(folder, logger=None, **changes):
     """Losses of every step, and a checksum of the weights."""
     data = [[(i * k) % 11 for k in range(1, 3 + i % 5)] for i in range(40)]
     model = Tiny()
-    chosen = {"steps": steps, "global_batch": 8, "micro_batch": 2, "lr": 1e-2, "log_every": 1, "save_every": 4, "weight_decay": 0.1}
+    chosen = {"steps": 12, "global_batch": 8, "micro_batch": 2, "lr": 1e-2, "log_every": 1, "save_every": 4, "weight_decay": 0.1}
     settings = TrainSettings.check(**{**chosen, **changes})
-    fit(model, data, collate, loss, settings, folder, lengths=[len(row) for row in data])
+    fit(model, data, collate, loss, settings, folder, logger, lengths=[len(row) for row in data])
     rows = on_main(lambda: files.read_lines(folder_path(folder) / "metrics.jsonl"))
     kept = [row for row in rows if "loss" in row]
     return {
@@ -49,6 +49,7 @@ def train(folder, steps=12, **changes):
         "norms": [row["norm"] for row in kept],
         "gradients": [row["grad_norm"] for row in kept],
         "weights": [float(p.detach().double().square().sum()) for p in model.parameters()],
+        "plain": all(type(p) is nn.Parameter and type(p.data) is torch.Tensor for p in model.parameters()),
         "world": world_size(),
     }
 

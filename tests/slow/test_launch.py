@@ -1,7 +1,10 @@
 """Two processes train as one does; nothing is left behind when one of them fails."""
 
 import os
+import shutil
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -22,17 +25,68 @@ def close(one, two):
     return all(one[name] == pytest.approx(two[name], abs=1e-6, rel=1e-5) for name in ("losses", "norms", "gradients", "weights"))
 
 
-def test_two_processes_give_the_losses_of_one(tmp_path):
-    one = launch(targets.train, 1, folder=str(tmp_path / "one"))
-    two = launch(targets.train, 2, folder=str(tmp_path / "two"))
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return targets.train(str(tmp_path_factory.mktemp("one")))
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path, one):
+    two = launch(targets.train, 2, folder=str(tmp_path))
     assert (one["world"], two["world"]) == (1, 2)
     assert len(one["losses"]) == 12 and one["losses"][0] > one["losses"][-1]
     assert close(one, two)
 
-    (tmp_path / "two" / "checkpoint-12").rename(tmp_path / "checkpoint-12")  # as if killed before: one process continues
-    resumed = launch(targets.train, 1, folder=str(tmp_path / "two"))
+    shutil.rmtree(tmp_path / "checkpoint-12")  # as if killed before: one process continues
+    resumed = targets.train(str(tmp_path))
     assert resumed["weights"] == pytest.approx(one["weights"], rel=1e-5)
     assert resumed["losses"][12:] == pytest.approx(one["losses"][4:], abs=1e-6)
+
+
+def test_sharded_processes_give_the_losses_of_one_and_their_checkpoints_are_whole(tmp_path, one):
+    def stop(**row):
+        if row.get("step") == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        targets.train(str(tmp_path), logger=stop)
+    two = launch(targets.train, 2, folder=str(tmp_path), sharding="fsdp")  # goes on where one process stopped
+    assert two["world"] == 2 and two["plain"]
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-5)
+    assert two["losses"] == pytest.approx(one["losses"][4:], abs=1e-6)
+
+    shutil.rmtree(tmp_path / "checkpoint-12")
+    resumed = targets.train(str(tmp_path))
+    assert resumed["weights"] == pytest.approx(one["weights"], rel=1e-5)
+
+
+def test_settings_ask_for_processes_and_the_model_here_learns(tmp_path, one):
+    rows = []
+    two = targets.train(str(tmp_path), processes=2, logger=lambda **row: rows.append(row))
+    assert two["world"] == 1 and [row["test/world"] for row in rows if "loss" in row] == [2] * 12
+    assert [row["loss"] for row in rows if "loss" in row] == pytest.approx(one["losses"], abs=1e-6)
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-5)
+
+
+def test_two_machines_of_one_process_train_as_one_does(tmp_path, one, monkeypatch):
+    """The second machine is a process that knows the address of the first and nothing else."""
+    address = f"127.0.0.1:{free_port()}"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-m", "lab.launch", "--address", address, "--nodes", "2", "--node-rank", "1"]
+    other = subprocess.Popen(command, env=environment)
+    monkeypatch.setenv("LAB_NODES", "2")
+    monkeypatch.setenv("LAB_ADDRESS", address)
+    try:
+        two = launch(targets.train, 1, folder=str(tmp_path))
+    finally:
+        other.send_signal(signal.SIGINT)
+    assert other.wait(30) == 0
+    assert two["world"] == 2 and close(one, two)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def test_the_error_of_one_process_is_raised_here_and_ends_all(tmp_path):
@@ -40,7 +94,7 @@ def test_the_error_of_one_process_is_raised_here_and_ends_all(tmp_path):
     with pytest.raises(DataError, match="line 7 has no answer"):
         launch(targets.complain, 2)
     with pytest.raises(DeviceError, match="died"):
-        launch("launch_targets:die", 2)
+        launch(targets.die, 2)
     assert time.monotonic() - began < 120
 
 
@@ -59,10 +113,17 @@ def test_an_interrupt_stops_all_processes(tmp_path):
             os.kill(int(note.read_text()), 0)
 
 
-def test_what_cannot_be_launched():
-    with pytest.raises(SettingsError, match="put the function into a module"):
-        launch(lambda: 1, 2)
+def test_what_cannot_be_launched(monkeypatch):
     with pytest.raises(SettingsError, match="cannot be handed"):
-        launch(targets.train, 2, folder=Path("x"))
+        launch(print, 2, file=(i for i in "x"))
     with pytest.raises(SettingsError, match="need the address"):
         launch(targets.train, 2, nodes=2, folder="x")
+    with pytest.raises(SettingsError, match="LAB_NODES"):
+        monkeypatch.setenv("LAB_NODES", "two")
+        launch(targets.train, 2, folder="x")
+
+
+def test_processes_that_came_some_other_way_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DeviceError, match="2 processes were asked for, 1 came"):
+        targets.train(str(tmp_path))
