@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lab.latent.draws import Draws, Stream
+from lab.latent.edit import Editing
 from lab.latent.sampling import Sampling, draw
 from lab.models.cache import SlotKV
 
@@ -128,6 +129,7 @@ def deep_rollout(
     keep_logits: bool = False,
     candidates: int = 0,
     compact: float = 0.125,
+    edit: Editing | None = None,
 ) -> DeepRollout:
     """Speaks from each prompt until a stop token or `budget` tokens.
 
@@ -136,17 +138,18 @@ def deep_rollout(
         forced: (R, n) tokens to read instead of drawn ones; the logits after the last of them are kept too.
         keep_logits: keep (R, A, V). candidates: best tokens to record at every pass, 0 = no record.
         compact: share of rows that must have finished before the batch is cut down.
+        edit: changes what further passes read and what comes of it; a row's thoughts are its further passes, those of the prompt first.
     """
     if forced is not None:
         budget = forced.shape[1] + 1
-    loop = _Loop(decoder, policy, start, draws, budget, stops, sampling or Sampling(), forced, keep_logits, candidates, compact)
+    loop = _Loop(decoder, policy, start, draws, budget, stops, sampling or Sampling(), forced, keep_logits, candidates, compact, edit)
     return loop.run()
 
 
 class _Loop:
-    def __init__(self, decoder, policy, start, draws, budget, stops, sampling, forced, keep_logits, candidates, compact):
+    def __init__(self, decoder, policy, start, draws, budget, stops, sampling, forced, keep_logits, candidates, compact, edit):
         self.decoder, self.policy, self.kv, self.draws, self.sampling = decoder, policy, start.kv, draws, sampling
-        self.budget, self.forced, self.candidates, self.compact = budget, forced, candidates, compact
+        self.budget, self.forced, self.candidates, self.compact, self.edit = budget, forced, candidates, compact, edit
         rows, device = len(start.pos), start.pos.device
         self.stops = torch.tensor(list(stops), dtype=torch.long, device=device)
         self.index, self.pos, self.total = torch.arange(rows, device=device), start.pos.clone(), start.total
@@ -179,7 +182,8 @@ class _Loop:
         mixed = bool(deep.any())
         gate = deep.to(x.dtype)[:, None, None] if mixed and self.policy.gated else None
         depth = self.depth[:, None] if mixed else 0
-        out = self.decoder(x[:, None], self.pos[:, None], self.kv, depth=depth, lora_gate=gate, taps=self.policy.taps)
+        patch = None if self.edit is None else self.edit.patch(self.index)
+        out = self.decoder(x[:, None], self.pos[:, None], self.kv, depth=depth, lora_gate=gate, taps=self.policy.taps, patch=patch)
         self.h, self.taps = out.last[:, 0], out.taps
         self.total = self.policy.combine(self.total, self.h, deep) if mixed else self.h
         self.iterations[self.index, self.pos] = torch.where(self.done, self.iterations[self.index, self.pos], self.depth + 1)
@@ -197,6 +201,8 @@ class _Loop:
         look = self.policy.look(logits if rows is None else logits[rows], taps, depth, rows)
         first = depth == 0
         where = self.index if rows is None else self.index[rows]
+        if self.edit is not None and (stop := self.edit.stop(None, where, self.edit.made[where])) is not None:
+            look.again = look.again & ~stop
         pos = self.pos if rows is None else self.pos[rows]
         self.prob[where[first], pos[first]] = look.prob[first].to(self.prob.dtype)
         return look, rows
@@ -209,13 +215,16 @@ class _Loop:
 
     def _next(self, logits: Tensor, look: Look | None, again: Tensor | None) -> Tensor:
         """(R, D) the next input of every row; depths, positions and counts move on."""
+        if self.edit is not None:
+            self.edit.rest()
         if again is None:
             token = self._speak(logits, slice(None))
             self.depth = torch.zeros_like(self.depth)
             self.policy.said(token, self.pos, ~self.done)
             return self.decoder.embed(token)
         x, token = torch.empty_like(self.total), torch.zeros_like(self.pos)
-        x[again] = self.policy.update(look, look.again.nonzero()[:, 0], self.h[again]).to(x.dtype)
+        deep = self.policy.update(look, look.again.nonzero()[:, 0], self.h[again])
+        x[again] = (deep if self.edit is None else self.edit.vectors(deep, self.index[again])).to(x.dtype)
         ready = (~again).nonzero()[:, 0]
         if len(ready):
             token[ready] = self._speak(logits[ready], ready)

@@ -8,7 +8,7 @@ Axes: Q prompts, N samples each, R = Q·N rows (question-major), P prompt column
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from lab.config import Settings
 from lab.errors import DataError
 from lab.latent.draws import Draws, Keyed
+from lab.latent.edit import Editing
 from lab.latent.policy import Phase, Policy, Rows
 
 FINISH = {0: "stop", 1: "length"}
@@ -33,12 +34,14 @@ class Budget(Settings):
 class Prompt:
     """Prompts as input embeddings `x` (Q, P, D), padded on the left.
 
-    `valid` (Q, P) bool, None when none is padded; `ids` (Q, P) where the prompt was made of token ids.
+    `valid` (Q, P) bool, None when none is padded; `ids` (Q, P) where the prompt was made of token ids; `thoughts` (Q, P) bool: columns
+    that hold a thought, None = none.
     """
 
     x: Tensor
     valid: Tensor | None = None
     ids: Tensor | None = None
+    thoughts: Tensor | None = None
 
     @classmethod
     def of_ids(cls, decoder, prompts: Sequence[Sequence[int]]) -> "Prompt":
@@ -60,7 +63,16 @@ class Prompt:
 
     def repeat(self, n: int) -> "Prompt":
         """Each prompt `n` times."""
-        return Prompt(*(None if part is None else part.repeat_interleave(n, 0) for part in (self.x, self.valid, self.ids)))
+        return replace(self, **{f.name: part.repeat_interleave(n, 0) for f in fields(self) if (part := getattr(self, f.name)) is not None})
+
+    def edited(self, editing: Editing) -> tuple["Prompt", Callable | None]:
+        """The prompt with its thoughts edited (those that may not be made are closed up), and the patch for their hidden states."""
+        if self.thoughts is None:
+            return self, None
+        kept = editing.allowed(self.thoughts)
+        made, patch = editing.block(self.x[kept], kept)
+        valid = torch.ones_like(kept) if self.valid is None else self.valid
+        return replace(self, x=self.x.index_put((kept,), made), valid=valid & (kept | ~self.thoughts)), patch
 
 
 class DropoutRegime(Protocol):
@@ -114,6 +126,7 @@ def rollout(
     keep: tuple[str, ...] = ("thoughts",),
     share: bool | None = None,
     compact: float = 0.125,
+    edit: Editing | None = None,
 ) -> Rollout:
     """Runs `policy` from each prompt `n` times.
 
@@ -124,19 +137,21 @@ def rollout(
         keep: names to record: "thoughts", "logprob", and what the policy notes.
         share: keep one copy of a prompt's keys for its samples; None = where that is faster.
         compact: share of rows that must have finished before the batch is cut down.
+        edit: changes thoughts; those of a prompt that samples share are edited once, as the first sample's.
     """
     questions, budget = prompt.x.shape[0], budget or Budget()
     if draws is None:
         row = torch.arange(questions * n, device=prompt.x.device)
         draws = Keyed.of(0, row // n, row % n)
     shared = dropout is None or dropout.shares_prompt
-    kv, h, pos = read_prompt(decoder, prompt if shared else prompt.repeat(n), None if dropout is None else dropout.prefill(draws))
+    own = None if edit is None else edit.of_prompts(n if shared else 1)
+    kv, h, pos = read_prompt(decoder, prompt if shared else prompt.repeat(n), None if dropout is None else dropout.prefill(draws), own)
     if shared:
         kv = kv.fan_out(
             n, min(64, budget.thoughts + len(policy.closing) + budget.answer), _worth_sharing(prompt, n) if share is None else share
         )
         h, pos = h.repeat_interleave(n, 0), pos.repeat_interleave(n, 0)
-    return continue_from(decoder, policy, kv, h, pos, draws, budget=budget, dropout=dropout, keep=keep, compact=compact)
+    return continue_from(decoder, policy, kv, h, pos, draws, budget=budget, dropout=dropout, keep=keep, compact=compact, edit=edit)
 
 
 @torch.no_grad()
@@ -147,16 +162,17 @@ def continue_from(
 
     Args:
         thoughts: (R,) thoughts the rows have already made; None = none.
-        options: `dropout`, `keep`, `compact` as in `rollout`.
+        options: `dropout`, `keep`, `compact`, `edit` as in `rollout`.
     """
     return _Loop(decoder, policy, kv, h, pos, draws, budget, thoughts, **options).run()
 
 
-def read_prompt(decoder, prompt: Prompt, dropout: Callable | None = None):
+def read_prompt(decoder, prompt: Prompt, dropout: Callable | None = None, edit: Editing | None = None):
     """The cache after the prompts, the last hidden state (Q, D) and the next position (Q,)."""
+    prompt, patch = (prompt, None) if edit is None else prompt.edited(edit)
     pos = prompt.pos
     kv = decoder.slots(pos.shape[0], pos.shape[1])
-    h = decoder(prompt.x, pos, kv, valid=prompt.valid, dropout=dropout).last[:, -1]
+    h = decoder(prompt.x, pos, kv, valid=prompt.valid, dropout=dropout, patch=patch).last[:, -1]
     return kv, h, pos[:, -1] + 1
 
 
@@ -185,8 +201,9 @@ class _Notes:
 
 
 class _Loop:
-    def __init__(self, decoder, policy, kv, h, pos, draws, budget, thoughts, dropout=None, keep=("thoughts",), compact=0.125):
+    def __init__(self, decoder, policy, kv, h, pos, draws, budget, thoughts, dropout=None, keep=("thoughts",), compact=0.125, edit=None):
         self.decoder, self.policy, self.kv, self.budget, self.dropout, self.compact = decoder, policy, kv, budget, dropout, compact
+        self.edit = edit
         count, zeros = len(h), torch.zeros_like(pos)
         self.notes = _Notes((*keep, "token"))
         index = torch.arange(count, device=h.device)
@@ -205,12 +222,15 @@ class _Loop:
                 return self._result()
             rows = self.rows
             dropout = None if self.dropout is None else self.dropout.at(rows)
-            rows.h = self.decoder(x[:, None], rows.pos[:, None], self.kv, dropout=dropout).last[:, 0]
+            patch = None if self.edit is None else self.edit.patch(rows.index)
+            rows.h = self.decoder(x[:, None], rows.pos[:, None], self.kv, dropout=dropout, patch=patch).last[:, 0]
             rows.pos = rows.pos + 1
             self.steps, self.row_steps = self.steps + 1, self.row_steps + len(rows)
 
     def _inputs(self) -> Tensor:
         """The next input (R, D) of every row; phases and counts move on."""
+        if self.edit is not None:
+            self.edit.rest()
         phases = self.rows.phase.tolist()
         if Phase.THINK in phases:
             self._at(phases, Phase.THINK, self._halt)
@@ -237,6 +257,8 @@ class _Loop:
 
     def _halt(self, rows: Rows, at) -> None:
         stop = self.policy.halt(rows)
+        if self.edit is not None:
+            stop = self.edit.stop(stop, rows.index, rows.thoughts)
         if self.steps + self.made >= self.budget.thoughts:
             capped = rows.thoughts >= self.budget.thoughts
             self.capped[rows.index] |= capped if stop is None else capped & ~stop
@@ -247,6 +269,8 @@ class _Loop:
 
     def _think(self, rows: Rows, at) -> Tensor:
         x = self.policy.thought(rows)
+        if self.edit is not None:
+            x = self.edit.vectors(x, rows.index, rows.thoughts)
         rows.note("thoughts", x)
         self._count("thoughts", at)
         return x
@@ -263,6 +287,8 @@ class _Loop:
         stopped = self.policy.stopped(token, rows)
         rows.note("token", torch.where(stopped, -1, token))
         x, said = self.policy.read(token, rows), rows.said + 1
+        if self.edit is not None and (mix := self.policy.mixed(token, rows)) is not None:
+            x = self.edit.mixed(x, mix, rows.index)
         ended = stopped | (said >= self.budget.answer)
         again = self.policy.resumes(token, rows)
         self._count("said", at)

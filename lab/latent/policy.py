@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lab.latent.draws import Draws, Stream
+from lab.latent.edit import Mix
 from lab.latent.sampling import Sampling, draw
 
 
@@ -138,6 +139,10 @@ class Policy:
     def stopped(self, token: Tensor, rows: Rows) -> Tensor:
         """(R,) bool: which answers end with this token."""
         return token == self.stop_ids if len(self.stops) == 1 else torch.isin(token, self.stop_ids)
+
+    def mixed(self, token: Tensor, rows: Rows) -> Mix | None:
+        """Which of the inputs that `read` just made hold a thought, None = none; asked only where thoughts are edited."""
+        return None
 
     def resumes(self, token: Tensor, rows: Rows) -> Tensor | None:
         """(R,) bool: which answering rows begin to think again after this token; None = none."""

@@ -16,6 +16,8 @@ from lab.latent.unroll import Unrolled
 def read_with_thoughts(decoder, plan: Plan, thoughts: Tensor | None, *, prefix_grad: bool = False) -> Unrolled:
     """Hidden states of a batch whose rows read `thoughts` (R, n, D) between prefix and rest; None = no thoughts.
 
+    Several sets of thoughts a row, (R·K, n, D), share its prefix, which is read once; the result then has R·K rows.
+
     Args:
         plan: prompt = the prefix, padded on the left; after = what follows the thoughts.
         prefix_grad: keep gradients through the prefix too (where the base is trained).
@@ -25,6 +27,9 @@ def read_with_thoughts(decoder, plan: Plan, thoughts: Tensor | None, *, prefix_g
     with torch.set_grad_enabled(prefix_grad and torch.is_grad_enabled()):
         states = decoder(prefix.x, pos, kv, valid=prefix.valid).last
     thoughts = after.x[:, :0] if thoughts is None else thoughts.to(after.x.dtype)
+    if len(thoughts) > len(pos):
+        row = torch.arange(len(pos), device=pos.device).repeat_interleave(len(thoughts) // len(pos))
+        kv, states, pos, after = kv.select(row), states[row], pos[row], after.select(row)
     n, start = thoughts.shape[1], pos[:, -1:] + 1
     steps = torch.arange(n, device=pos.device).expand(len(pos), n)
     rest = (after.mask().cumsum(1) - 1).clamp(min=0) + n
@@ -45,5 +50,8 @@ def inject(decoder, before: list[list[int]], thoughts: Tensor | None, after: lis
     width = max(map(len, rows))
     x = torch.stack([torch.nn.functional.pad(row, (0, 0, width - len(row), 0)) for row in rows])
     pads = torch.tensor([width - len(row) for row in rows], device=x.device)
-    valid = torch.arange(width, device=x.device) >= pads[:, None]
-    return Prompt(x, None if bool(valid.all()) else valid)
+    column = torch.arange(width, device=x.device)
+    valid = column >= pads[:, None]
+    stop = torch.tensor([width - len(ids) for ids in after], device=x.device)[:, None]
+    start = stop if thoughts is None else stop - thoughts.shape[1]
+    return Prompt(x, None if bool(valid.all()) else valid, thoughts=(start <= column) & (column < stop))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lab.errors import SettingsError
 from lab.latent.draws import Keyed
+from lab.latent.edit import Edit, Editing
 from lab.latent.loop import FINISH, Budget, DropoutRegime, Prompt, Rollout, rollout
 from lab.latent.policy import Policy, Rows
 from lab.models.vocab import chunks
@@ -152,6 +153,7 @@ class Ask:
         channels: notes of the policy to keep per thought. dropout: a Monte Carlo dropout regime.
         wrap: from the method's policy to the one that runs (noise on its thoughts).
         sort: put prompts of like length into one batch; otherwise in the order given.
+        edit: changes thoughts as they are made.
     """
 
     samples: int = 1
@@ -165,6 +167,7 @@ class Ask:
     dropout: DropoutRegime | None = None
     wrap: Callable[[Policy], Policy] | None = None
     sort: bool = True
+    edit: Edit | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.batch < 1 or self.budget.answer < 1:
@@ -209,11 +212,12 @@ def groups(lengths: Sequence[int], size: int) -> list[list[int]]:
 def _run(decoder, policy: Policy, prompt: Prompt, group: list[int], ask: Ask) -> tuple[Rollout, Candidates | None]:
     device = decoder.table.weight.device
     number = torch.tensor([ask.first + i for i in group for _ in range(ask.samples)], device=device)
-    draws = Keyed.of(ask.seed, number, torch.arange(ask.samples, device=device).repeat(len(group)))
+    sample = torch.arange(ask.samples, device=device).repeat(len(group))
+    draws, edit = Keyed.of(ask.seed, number, sample), None if ask.edit is None else Editing(ask.edit, number, sample)
     keep = ("thoughts", "logprob", *ask.channels, *(("state",) if ask.top else ()))
     policy = policy if ask.wrap is None else ask.wrap(policy)
     policy = Watched(policy) if ask.top else policy
-    done = rollout(decoder, policy, prompt, ask.samples, draws, budget=ask.budget, dropout=ask.dropout, keep=keep)
+    done = rollout(decoder, policy, prompt, ask.samples, draws, budget=ask.budget, dropout=ask.dropout, keep=keep, edit=edit)
     states = done.notes.get("state")
     return done, None if states is None else read_states(decoder, states, ask.top)
 

@@ -21,6 +21,7 @@ from lab.models.cache import GrowKV, Shape, SlotKV, Span
 from lab.models.lora import LINEARS, GatedLora
 
 Gate = Tensor | None
+Patch = Callable[[Tensor, int], Tensor]
 
 
 class Dropout(Protocol):
@@ -86,6 +87,7 @@ class Decoder:
         lora_gate: Gate | bool = None,
         dropout: Dropout | None = None,
         taps: tuple[int, ...] = (),
+        patch: Patch | None = None,
     ) -> Out:
         """Hidden states of `x` read after what `kv` holds; the new keys and values are written to it.
 
@@ -98,22 +100,21 @@ class Decoder:
             lora_gate: None or False = adapters off, True = on, (R, t, 1) = on per row and column.
             dropout: masks for Monte Carlo dropout; None = the model's own dropout, active in training mode only.
             taps: indices of hidden states to return beside the last (see `Out`).
+            patch: makes of a hidden state (R, t, D) and its index the one to go on with; taps show what it made.
         """
         gate = None if lora_gate is None or lora_gate is False else x.new_ones(1) if lora_gate is True else lora_gate
         span = kv.open(pos, valid, depth)
         rope = self.rope(pos) if self.rope is not None else None
         call = Pass(kv, span, rope, gate, dropout, self.model.training)
-        x = self.enter(x, pos, call)
-        kept = {0: x} if 0 in taps else {}
-        for index, block in enumerate(self.blocks):
-            x = block(x, call)
-            if index + 1 in taps and index + 1 < len(self.blocks):
-                kept[index + 1] = x
+        kept, depth = {}, len(self.blocks)
+        for index in range(depth + 1):
+            x = self.blocks[index - 1](x, call) if index else self.enter(x, pos, call)
+            x = self.final_norm(x) if index == depth else x
+            x = x if patch is None else patch(x, index)
+            if index in taps:
+                kept[index] = x
         kv.close(span)
-        last = self.final_norm(x)
-        if len(self.blocks) in taps:
-            kept[len(self.blocks)] = last
-        return Out(last, kept)
+        return Out(x, kept)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings of `ids`, (…,) -> (…, D)."""

@@ -62,11 +62,11 @@ class HFDecoder:
             raise SettingsError(f"{self.config.model_type!r} mixes attention types; lab feeds thoughts back through full attention only.")
         self.table, self.head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
 
-    def __call__(self, x: Tensor, pos: Tensor, kv: HFKV, *, valid=None, depth=0, lora_gate=None, dropout=None, taps=()):
+    def __call__(self, x: Tensor, pos: Tensor, kv: HFKV, *, valid=None, depth=0, lora_gate=None, dropout=None, taps=(), patch=None):
         from lab.models.decoder import Out
 
-        if dropout is not None or lora_gate not in (None, False) or not (isinstance(depth, int) and depth == 0):
-            raise SettingsError(f"Dropout masks, slot depths and adapters are not available for {self.config.model_type!r}.")
+        if dropout is not None or patch is not None or lora_gate not in (None, False) or not (isinstance(depth, int) and depth == 0):
+            raise SettingsError(f"Dropout masks, slot depths, adapters and patches are not available for {self.config.model_type!r}.")
         kv.add(pos, torch.ones_like(pos, dtype=torch.bool) if valid is None else valid.bool())
         visible = (kv.pos[:, None] <= pos[:, :, None]) & kv.valid[:, None]
         bias = torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill_(~visible, BLOCKED)[:, None]

@@ -89,6 +89,10 @@ class SparseGate(Gate):
         mixed = torch.lerp(embedding, self.projection(state).to(embedding.dtype), g[..., None].to(embedding.dtype))
         return Mixed(mixed, g, logit)
 
+    def without(self, embedding: Tensor, mixed: Mixed) -> Tensor:
+        """The part of what is read that is the token's: (1 − g) · embedding."""
+        return (1 - mixed.gate[..., None]).to(embedding.dtype) * embedding
+
     def value(self, logit: Tensor, uniform: Tensor | None) -> Tensor:
         """The gate (…,) of its logits."""
         if self.forced:
@@ -137,6 +141,10 @@ class ResidualGate(Gate):
         if self.forced == "closed":
             x, gate = embedding, torch.zeros_like(gate)
         return Mixed(x, gate, torch.full_like(gate, math.nan))
+
+    def without(self, embedding: Tensor, mixed: Mixed) -> Tensor:
+        """The part of what is read that is the token's: a ⊙ embedding."""
+        return (self.shares(embedding, torch.zeros_like(embedding))[1] * embedding).to(embedding.dtype)
 
 
 def residual(logits: Tensor, table: Tensor, temperature: float, topk: int) -> Tensor:

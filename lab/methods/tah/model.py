@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lab.errors import SettingsError, unknown
+from lab.latent.edit import Editing
 from lab.methods.tah.config import GENERATORS, TahConfig
 from lab.methods.tah.deciders import Decider, MLPDecider, Seen, build_decider
 from lab.methods.tah.objective import Decisions, decider_loss, normaliser, token_weights
@@ -214,10 +215,19 @@ class TahModel(LatentModel):
             decider_logit=batch.back(done.logit),
         )
 
-    def run(self, batch: Batch, decider: Decider, only_decisions: bool = False, keep_stages: bool = False, kv=None) -> Passes:
+    def run(
+        self,
+        batch: Batch,
+        decider: Decider,
+        only_decisions: bool = False,
+        keep_stages: bool = False,
+        kv=None,
+        edit: Editing | None = None,
+    ) -> Passes:
         """The passes over `batch`; with `only_decisions` the last pass is skipped, since nothing is decided after it.
 
         `kv`: an empty cache to fill for decoding; there the pads on the right have to be marked, since later tokens would see them.
+        `edit`: changes what further passes read.
         """
         pos = torch.arange(batch.ids.shape[1], device=batch.ids.device).expand_as(batch.ids)
         valid = None if kv is None or bool(batch.valid.all()) else batch.valid
@@ -229,20 +239,24 @@ class TahModel(LatentModel):
             if keep_stages:
                 done.stages.append((done.active, done.total))
             again = self._decide(batch, done, decider, depth)
+            again = again if edit is None else edit.allowed(again)
             if not bool(again.any()):
                 break
             done.iterations = done.iterations + again
             if only_decisions and depth + 1 == self.tah.max_iter:
                 break
-            self._pass(done, again, pos, kv, depth, decider.taps)
+            self._pass(done, again, pos, kv, depth, decider.taps, edit)
         return done
 
-    def _pass(self, done: Passes, again: Tensor, pos: Tensor, kv, depth: int, taps: tuple[int, ...]) -> None:
+    def _pass(self, done: Passes, again: Tensor, pos: Tensor, kv, depth: int, taps: tuple[int, ...], edit: Editing | None) -> None:
         """Pass `depth` + 1 over the tokens told to continue, packed; its states join the total."""
         index, real = pack(again)
-        fresh = self._next_input(done, again)
+        fresh, patch = self._next_input(done, again), None
+        if edit is not None:
+            fresh, patch = edit.block(fresh, real)
         x = fresh.new_zeros(*index.shape, fresh.shape[-1]).masked_scatter(real.unsqueeze(-1), fresh)
-        out = self.decoder(x, pos.gather(1, index) * real, kv, valid=real, depth=depth, lora_gate=self.lora is not None, taps=taps)
+        how = {"valid": real, "depth": depth, "lora_gate": self.lora is not None, "taps": taps, "patch": patch}
+        out = self.decoder(x, pos.gather(1, index) * real, kv, **how)
         additive = self.tah.output_updater == "AdditiveLogitsUpdater"
         done.total = done.total.index_put(again.nonzero(as_tuple=True), out.last[real].to(done.total.dtype), accumulate=additive)
         done.active, done.real, done.out = again, real, out

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lab.errors import DataError, SettingsError, unknown
 from lab.latent.depth import DeepRollout, Look, PassRecord, Start, deep_rollout, record
 from lab.latent.draws import Keyed
+from lab.latent.edit import Edit, Editing
 from lab.latent.record import Response, Responses
 from lab.latent.sampling import Sampling
 from lab.methods.tah.config import AlwaysSettings, OracleSettings
@@ -90,7 +91,13 @@ class TahDepth:
 
 @torch.no_grad()
 def read_prompts(
-    model: TahModel, decider: Decider, prompts: Sequence[Sequence[int]], copies: int = 1, room: int = 64, candidates: int = 0
+    model: TahModel,
+    decider: Decider,
+    prompts: Sequence[Sequence[int]],
+    copies: int = 1,
+    room: int = 64,
+    candidates: int = 0,
+    edit: Editing | None = None,
 ) -> Start:
     """The cache after the prompts, each row repeated `copies` times, with the passes spent on every prompt token."""
     if not prompts or not all(len(row) for row in prompts):
@@ -102,8 +109,11 @@ def read_prompts(
     reference = getattr(decider, "reference", None)
     wanted = None if reference is None else reference.start(ids, valid, copies, room)
     kv = model.decoder.slots(len(prompts), width + room)
-    done = model.run(Batch.of(ids, valid, None, None, wanted), decider, keep_stages=candidates > 0, kv=kv)
+    own = None if edit is None else edit.of_prompts(copies)
+    done = model.run(Batch.of(ids, valid, None, None, wanted), decider, keep_stages=candidates > 0, kv=kv, edit=own)
     rows = torch.arange(len(prompts), device=device).repeat_interleave(copies)
+    if edit is not None:
+        edit.made = own.made[rows]
     prob = done.logit.sigmoid() if decider.topk else done.again.float()
     if isinstance(decider, NeverDecider):
         prob = torch.full_like(prob, torch.nan)
@@ -137,17 +147,18 @@ def decode(
     forced: Tensor | None = None,
     keep_logits: bool = False,
     candidates: int = 0,
+    edit: Editing | None = None,
 ) -> DeepRollout:
     """What `copies` rows of each prompt (token ids of any lengths) say; see `deep_rollout` for the arguments and the result."""
     decider = model.active_decider() if decider is None else decider
     room = min(max_new_tokens if forced is None else forced.shape[1], 256) * 9 // 8 + 2
-    start = read_prompts(model, decider, prompts, copies, room, candidates)
+    start = read_prompts(model, decider, prompts, copies, room, candidates, edit)
     start.kv.rule = model.rule
     sampling = sampling or Sampling()
     if draws is None and not sampling.greedy:
         row = torch.arange(len(start.pos), device=start.pos.device)
         draws = Keyed.of(0, row // copies, row % copies)
-    options = {"budget": max_new_tokens, "stops": stops, "sampling": sampling, "forced": forced}
+    options = {"budget": max_new_tokens, "stops": stops, "sampling": sampling, "forced": forced, "edit": edit}
     return deep_rollout(model.decoder, TahDepth(model, decider), start, draws, keep_logits=keep_logits, candidates=candidates, **options)
 
 
@@ -206,6 +217,7 @@ def generate(
     policy: str = "decider",
     reference: Reference | None = None,
     candidates: int = 0,
+    edit: Edit | None = None,
 ) -> DeepAnswers:
     """Answers with selective second passes; they do not depend on `batch` or on the other questions.
 
@@ -213,6 +225,7 @@ def generate(
         sampling: greedy where None; `OFFICIAL` holds the released settings.
         first: number of the first question (draws are keyed by seed, question and sample).
         policy: one of `POLICIES`. candidates: best tokens to keep for every pass, for the trace; 0 = none.
+        edit: changes what further passes read.
     """
     if samples < 1 or max_new_tokens < 1:
         raise SettingsError(f"samples = {samples} and max_new_tokens = {max_new_tokens}: both must be at least 1.")
@@ -224,9 +237,10 @@ def generate(
     size = max(1, batch // samples)
     for group in (order[start : start + size] for start in range(0, len(order), size)):
         number = torch.tensor([first + i for i in group for _ in range(samples)], device=model.device)
-        draws = Keyed.of(seed, number, torch.arange(samples, device=model.device).repeat(len(group)))
+        sample = torch.arange(samples, device=model.device).repeat(len(group))
+        draws, editing = Keyed.of(seed, number, sample), None if edit is None else Editing(edit, number, sample)
         options = {"max_new_tokens": max_new_tokens, "stops": stops, "sampling": sampling, "candidates": candidates}
-        done = decode(model, [prompts[i] for i in group], decider=decider, copies=samples, draws=draws, **options)
+        done = decode(model, [prompts[i] for i in group], decider=decider, copies=samples, draws=draws, edit=editing, **options)
         rows += _answers(model, prompts, group, samples, first, done)
     threshold = getattr(decider, "effective_threshold", float("nan"))
     rows.sort(key=lambda row: (row.question, row.sample))
