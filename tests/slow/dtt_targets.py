@@ -16,7 +16,7 @@ from lab.models.tokenizers import word_tokenizer
 from lab.rl import RLSettings, reinforce
 
 
-def train(folder, steps=3):
+def train(folder, steps=3, **changes):
     """Losses, rewards, gaps of every step and a checksum of the weights."""
     tokenizer = word_tokenizer([f"w{i}" for i in range(12)], special=(BOT, EOT))
     backbone = load_backbone("toy:gpt2-micro", vocab_size=len(tokenizer), initializer_range=0.3, max_positions=32)
@@ -34,6 +34,7 @@ def train(folder, steps=3):
         save_every=0,
         log_every=1,
         device="cpu",
+        **changes,
     )
     prompts, answers = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [10, 11]], ["w1", "w2", "w3", "w4"]
     thinking = GatedThinking(model, GateLearning(weight=0.3))

@@ -138,6 +138,7 @@ def _numbers(found: Evaluation, rows: list, parts: list, model: SparseGatedModel
 
 def _write_table(path: Path, rows: list, parts: list, examples: Sequence[Example], model: SparseGatedModel, scorer: Any) -> None:
     names = ("prompt", "reasoning_text", "predicted_answer", "ground_truth", "is_correct", "gate_mean_reasoning", "gate_mean_non_reasoning")
+    names += ("latent_steps",)
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(names)
@@ -145,7 +146,7 @@ def _write_table(path: Path, rows: list, parts: list, examples: Sequence[Example
             example = examples[row["question"]]
             verdict = asdict(scorer(row["text"], example))
             reasoning = row["text"].partition(EOT)[0].rpartition(BOT)[2].strip() if model.config.gate == "dtt" else row["text"]
-            means = (_mean(part["in"]), _mean(part["out"]))
+            means = (_mean(part["in"]), _mean(part["out"]), part["steps"] if part["span"] else "")
             table.writerow([example.question, reasoning, verdict["strict_answer"], example.answer, verdict["strict_correct"], *means])
 
 

@@ -1,6 +1,6 @@
-"""What the notebooks draw: losses, gates while training, gates of an evaluation."""
+"""What the notebooks draw: losses, gates and lengths while training, gates and lengths of an evaluation."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +8,7 @@ import pandas as pd
 
 from lab.files import read_lines
 
+HISTOGRAMS, BINS = "histograms.jsonl", 20
 GATES = {"gate_mean_reasoning": "gate inside", "gate_mean_non_reasoning": "gate outside", "correctness_mean": "correctness"}
 
 
@@ -33,16 +34,48 @@ def gate_curves(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["arm", "step", "mean"])
 
 
-def gate_table(folder: Path, arm: str, bins: int = 20) -> pd.DataFrame:
+def gate_table(folder: Path, arm: str) -> pd.DataFrame:
     """span, low, high, tokens, share: the gates of an evaluated arm inside and outside the span, for `figures.gate_histogram`."""
-    rows = []
-    for name, values in gates_of(folder / arm).items():
-        counts, edges = np.histogram(values, bins=bins, range=(0, 1))
-        share = counts / max(1, counts.sum())
-        rows += [
-            {"span": name, "low": a, "high": b, "tokens": int(n), "share": float(part)}
-            for a, b, n, part in zip(edges, edges[1:], counts, share, strict=False)
-        ]
+    return _shares({name: binned(values) for name, values in gates_of(folder / arm).items()})
+
+
+def length_table(folder: Path, arms: Iterable[str]) -> pd.DataFrame:
+    """group (arm), iterations (reasoning tokens), answers, share, accuracy: lengths of well-formed answers, the share right at each."""
+    parts = []
+    for arm in arms:
+        rows = pd.read_csv(folder / arm / "evaluation_results.csv").dropna(subset="latent_steps")
+        found = rows.groupby("latent_steps")["is_correct"].agg(["size", "mean"]).reset_index()
+        found.columns = ["iterations", "answers", "accuracy"]
+        parts.append(found.assign(group=arm, share=found["answers"] / max(1, len(rows))))
+    columns = ["group", "iterations", "answers", "share", "accuracy"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def rollout_tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Of a training: gates in the last rollout written down (as `gate_table`), lengths in the first and the last (as `length_table`)."""
+    rows = read_lines(folder / HISTOGRAMS)
+    if not rows:
+        return _shares({}), pd.DataFrame(columns=["group", "iterations", "answers", "share"])
+    lengths = [
+        {"group": f"update {row['step']}", "iterations": int(n), "answers": count, "share": count / sum(row["lengths"].values())}
+        for row in {row["step"]: row for row in (rows[0], rows[-1])}.values()
+        for n, count in row["lengths"].items()
+    ]
+    gates = {name: rows[-1][name] for name in ("inside", "outside") if sum(rows[-1][name])}
+    return _shares(gates), pd.DataFrame(lengths, columns=["group", "iterations", "answers", "share"])
+
+
+def binned(gates: Sequence[float]) -> list[int]:
+    """How many gates lie in each of `BINS` equal parts of 0 … 1."""
+    return np.histogram(gates, bins=BINS, range=(0, 1))[0].tolist()
+
+
+def _shares(counts: Mapping[str, Sequence[int]]) -> pd.DataFrame:
+    rows = [
+        {"span": name, "low": k / BINS, "high": (k + 1) / BINS, "tokens": n, "share": n / max(1, sum(values))}
+        for name, values in counts.items()
+        for k, n in enumerate(values)
+    ]
     return pd.DataFrame(rows, columns=["span", "low", "high", "tokens", "share"])
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from lab import files
 from lab.launch import rank
+from lab.methods.dtt.reinforce import PROGRESS
 from lab.methods.dtt.reward import find_span
+from lab.methods.dtt.tables import HISTOGRAMS, binned
 from lab.trl_trainer import LatentGRPOTrainer
 
 EXAMPLES = "examples.jsonl"
@@ -24,6 +27,10 @@ log = logging.getLogger(__name__)
 
 class CustomGRPOTrainer(LatentGRPOTrainer):
     """TRL's GRPOTrainer with gated rollouts in this library's engine; `thinking` is a `GatedThinking`."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self._told: list[dict[str, Any]] = []
 
     def _roll_out(self, prompts: list[list[int]], trainer: Any) -> dict[str, Any]:
         self.thinking.at(self.state.global_step / self.s.steps)
@@ -81,19 +88,34 @@ class CustomGRPOTrainer(LatentGRPOTrainer):
         if step == 1 and s.gate == "dtt" and not any(spans):
             log.warning(NEVER)
         if rank() == 0 and (step % self.s.log_every == 0 or step == 1):
-            self._write_examples(step, inputs, ids, rewards, split, spans)
+            rows = self._examples(step, inputs, ids, rewards, split, spans)
+            own, rest = ([g for pair in split for g in pair[side]] for side in (0, 1))
+            lengths = Counter(span.tokens for span in spans if span)
+            self._keep(EXAMPLES, rows)
+            self._keep(
+                HISTOGRAMS, [{"step": step, "inside": binned(own), "outside": binned(rest), "lengths": dict(sorted(lengths.items()))}]
+            )
+            if self.s.report_to == "wandb":
+                _to_wandb(step, rows, own + rest, list(lengths.elements()))
 
-    def _write_examples(self, step: int, inputs: list, ids: list, rewards: Tensor, split: list, spans: list) -> None:
+    def _examples(self, step: int, inputs: list, ids: list, rewards: Tensor, split: list, spans: list) -> list[dict[str, Any]]:
         decode, rows = self.processing_class.decode, []
         for i in range(min(SHOWN, len(ids))):
             row = {"step": step, "prompt": decode(inputs[i]["prompt"]), "completion": decode(ids[i]), "answer": inputs[i].get("answer")}
             row |= dict(zip(self.reward_func_names, rewards[i].tolist(), strict=True))
             row |= {"reasoning_tokens": spans[i].tokens if spans[i] else None}
             rows.append(row | {"gate_inside": _mean(split[i][0]), "gate_outside": _mean(split[i][1])})
+        return rows
+
+    def _keep(self, name: str, rows: list[dict[str, Any]]) -> None:
         for row in rows:
-            files.append_line(Path(self.args.output_dir) / EXAMPLES, files.plain(row))
-        if self.s.report_to == "wandb":
-            _to_wandb(step, rows, self._acts.extras["gates"], [span.tokens for span in spans if span])
+            files.append_line(Path(self.args.output_dir) / name, files.plain(row))
+
+    def _emit(self, row: dict[str, Any]) -> None:
+        super()._emit(row)
+        if rank() == 0 and self.s.report_to == "wandb":
+            self._told.append({"step": row["step"], **{shown: row.get(key, math.nan) for key, shown in PROGRESS.items()}})
+            _log_wandb({"train/train_progress_summary": _table(self._told)}, commit=True)
 
 
 def _split(gates: list[float], span: Any) -> tuple[list[float], list[float]]:
@@ -106,13 +128,22 @@ def _mean(values: list[float]) -> float:
     return fmean(values) if values else math.nan
 
 
-def _to_wandb(step: int, rows: list[dict[str, Any]], gates: list[list[float]], lengths: list[int]) -> None:
-    """Histograms of gates and lengths, and the per-example table, under the seed's names."""
+def _to_wandb(step: int, rows: list[dict[str, Any]], gates: list[float], lengths: list[int]) -> None:
+    """Histograms of gates and lengths, and the per-example table, under the seed's names; they go with the step's next numbers."""
+    from wandb import Histogram
+
+    shown = {"train/step": step, "train/examples": _table(rows), "train/gate_histogram_overall": Histogram(gates)}
+    _log_wandb(shown | ({"train/reasoning_length_histogram": Histogram(lengths)} if lengths else {}), commit=False)
+
+
+def _table(rows: list[dict[str, Any]]) -> Any:
+    from wandb import Table
+
+    return Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+
+
+def _log_wandb(shown: dict[str, Any], commit: bool) -> None:
     import wandb
 
-    if wandb.run is None:
-        return
-    table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
-    shown = {"train/examples": table, "train/gate_histogram_overall": wandb.Histogram([g for row in gates for g in row])}
-    shown |= {"train/reasoning_length_histogram": wandb.Histogram(lengths)} if lengths else {}
-    wandb.log(shown | {"train/step": step}, commit=False)
+    if wandb.run is not None:
+        wandb.log(shown, commit=commit)
