@@ -44,9 +44,10 @@ def ablate(
     own = run.own
     edits: list[tuple[str, str, Edit]] = [(n, "vector", Replaced(own, *INTERVENTIONS[n], seed=seed)) for n in interventions]
     for step in range(min(each, own.vectors.shape[1])):
-        ways = (("", False), (", later ones kept", True)) if own.fixed and step + 1 < own.vectors.shape[1] else (("", False),)
-        edits += [(f"without thought {step + 1}{name}", "thought", Replaced(own, without(step, kept), 1.0, seed)) for name, kept in ways]
-    rows = [run.row(OWN, "", run.answers, run.answers)]
+        edits.append((f"without thought {step + 1}", "thought", Replaced(own, without(step))))
+        if own.fixed and step + 1 < own.vectors.shape[1]:
+            edits.append((f"without {step + 1}, rest kept", "thought", Replaced(own, without(step, frozen=True))))
+    rows = [run.row(OWN, "own", run.answers, run.answers)]
     for name, kind, edit in progress(edits, label="interventions"):
         rows.append(run.row(name, kind, run.ask(edit), run.answers, run.donor if name == "another question's" else None))
     for layer in progress(run.layers, label="layers"):

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 _WHERE = {
+    "ablation": "interventions",
     "accuracy_against_passes": "curves",
     "accuracy_against_thoughts": "curves",
     "divergence_events": "curves",

@@ -22,6 +22,17 @@ def intervals(**columns):
 
 
 TABLES = {
+    "ablation": pd.DataFrame(
+        {
+            "intervention": ["as they are", "zeroed", "layer 1, corrupted into clean", "layer 1, clean into corrupted"],
+            "kind": ["own", "vector", "corrupted into clean", "clean into corrupted"],
+            "layer": [-1, -1, 1, 1],
+            "accuracy": [0.9, 0.2, 0.4, 0.5],
+            "low": [0.8, 0.1, 0.3, 0.4],
+            "high": [0.95, 0.3, 0.5, 0.6],
+            "other": [np.nan, np.nan, 0.4, 0.3],
+        }
+    ),
     "accuracy_against_passes": intervals(
         policy=["decider", "decider", "never"], passes=[1.1, 1.3, 1.0], mean=[0.8, 0.9, 0.3], threshold=[0.9, 0.5, np.nan]
     ),
