@@ -6,14 +6,12 @@ careful user would write with transformers alone: teacher and student read the q
 vocabulary head runs on labelled columns, the two-way head on the deciding ones.
 """
 
-import argparse
-import time
 from collections.abc import Callable
 from functools import partial
-from statistics import median
 
 import torch
 from torch.nn import functional as F
+from turns import compare, ids, main
 
 from lab.latent.draws import Keyed
 from lab.latent.loop import Budget, Prompt, rollout
@@ -29,23 +27,6 @@ from lab.models.backbones import load_backbone
 
 QUESTION, REASONING, ANSWER, ROWS, SAMPLES, PROMPTS = 60, 25, 8, 16, 16, 4
 BOUNDS = {("training step", "mid"): 1.1}
-
-
-def compare(ours: Callable, floor: Callable, rounds: int) -> tuple[float, float, float]:
-    """(ratio of medians, milliseconds of ours, of the other side), the sides taking turns after one unmeasured call each."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for number in range(rounds + 1):
-        for side, work in zip(times, (ours, floor), strict=True):
-            begin = time.process_time()
-            work()
-            if number:
-                side.append(time.process_time() - begin)
-    a, b = (median(side) for side in times)
-    return a / b, 1e3 * a, 1e3 * b
-
-
-def ids(*shape: int, top: int = 200) -> torch.Tensor:
-    return torch.randint(10, top, shape)
 
 
 def model_of(size: str) -> AdaptiveModel:
@@ -155,21 +136,5 @@ def shared_update(size: str, rounds: int) -> list[tuple]:
     return [("shared update", size, f"{PROMPTS} × {SAMPLES}, 3–9", *compare(shared, apart, rounds))]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sizes", nargs="+", default=["mid", "tiny"])
-    parser.add_argument("--work", nargs="+", default=["training_step", "shared_rollout", "shared_update"])
-    chosen = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    print(f"{'work':16}{'size':6}{'case':24}{'ratio':>7}{'bound':>7}{'ours ms':>10}{'other ms':>10}")
-    for work in chosen.work:
-        for size in chosen.sizes:
-            for kind, size_, case, ratio, mine, theirs in globals()[work](size, chosen.rounds):
-                bound = BOUNDS.get((kind, size_), float("nan"))
-                print(f"{kind:16}{size_:6}{case:24}{ratio:7.2f}{bound:7.2f}{mine:10.1f}{theirs:10.1f}", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, [training_step, shared_rollout, shared_update], BOUNDS)

@@ -10,15 +10,13 @@ another machine or a busy one says the same. The floor is what a careful user wo
 Beside it stands `generate` of transformers for as many new tokens, which thinks nothing.
 """
 
-import argparse
 import copy
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from statistics import median
 
 import torch
 from torch.nn import functional as F
+from turns import compare, ids, main
 
 from lab.latent.loop import Budget, Prompt, rollout
 from lab.latent.plan import IGNORE, Row, collate, collate_pairs
@@ -35,23 +33,6 @@ from lab.models.backbones import load_backbone
 
 QUESTION, THOUGHTS, REASONING, ANSWER, ROWS = 60, 6, 25, 8, 16
 BOUNDS = {("generation", "mid"): 0.95, ("generation", "tiny"): 0.6, ("codi step", "mid"): 0.9, ("coconut step", "mid"): 1.1}
-
-
-def compare(ours: Callable, floor: Callable, rounds: int) -> tuple[float, float, float]:
-    """(ratio of medians, milliseconds of ours, of the floor), the sides taking turns after one unmeasured call each."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for number in range(rounds + 1):
-        for side, work in zip(times, (ours, floor), strict=True):
-            begin = time.process_time()
-            work()
-            if number:
-                side.append(time.process_time() - begin)
-    a, b = (median(side) for side in times)
-    return a / b, 1e3 * a, 1e3 * b
-
-
-def ids(*shape: int, top: int = 250) -> torch.Tensor:
-    return torch.randint(5, top, shape)
 
 
 def models(size: str) -> tuple[CoconutModel, CodiModel]:
@@ -173,21 +154,5 @@ def codi_step(size: str, rounds: int) -> Iterator[tuple]:
     yield "codi step", size, f"{ROWS} rows", *compare(ours, floor, rounds)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sizes", nargs="+", default=["mid", "tiny"])
-    parser.add_argument("--work", nargs="+", default=["coconut_step", "codi_step", "generation"])
-    chosen = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    print(f"{'work':16}{'size':6}{'case':22}{'ratio':>7}{'bound':>7}{'ours ms':>10}{'floor ms':>10}")
-    for work in chosen.work:
-        for size in chosen.sizes:
-            for kind, size_, case, ratio, mine, theirs in globals()[work](size, chosen.rounds):
-                bound = BOUNDS.get((kind, size_), float("nan"))
-                print(f"{kind:16}{size_:6}{case:22}{ratio:7.2f}{bound:7.2f}{mine:10.1f}{theirs:10.1f}", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, [coconut_step, codi_step, generation], BOUNDS)

@@ -7,11 +7,10 @@ and tokens, each row given its prompt as TRL does; update, forward and backward 
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 
 import torch
+from turns import compare
 
 from lab.latent.draws import Keyed
 from lab.latent.plan import left, right
@@ -66,19 +65,6 @@ def plain_update(model: SparseGatedModel, batch: Completions) -> None:
     model.zero_grad()
 
 
-def ratio(ours: Callable[[], object], floor: Callable[[], object], repeat: int) -> tuple[float, float]:
-    """Medians over rounds: CPU time of ours / the floor's, and the floor's seconds."""
-    ours(), floor()
-    pairs = [(_cpu(ours), _cpu(floor)) for _ in range(repeat)]
-    return statistics.median(a / b for a, b in pairs), statistics.median(b for _, b in pairs)
-
-
-def _cpu(work: Callable[[], object]) -> float:
-    began = time.process_time()
-    work()
-    return time.process_time() - began
-
-
 def prompt_reads(model: SparseGatedModel, prompts: list[list[int]], samples: int) -> int:
     """Rows of prompt that a rollout reads."""
     decoder, seen = model.decoder, []
@@ -106,17 +92,15 @@ def main() -> None:
     model = model_of()
     random = torch.Generator().manual_seed(0)
     prompts = torch.randint(0, 50000, (8, PROMPT), generator=random).tolist()
-    print(f"{'work':34}{'ratio':>8}{'must':>8}{'floor, s':>10}")
+    print(f"{'work':34}{'ratio':>8}{'must':>8}{'floor, ms':>10}")
     for rows in map(int, asked.batches.split(",")):
         samples = min(rows, SAMPLES)
         some = prompts[: rows // samples]
-        found, seconds = ratio(
-            lambda s=some, n=samples: rollout(model, s, n), lambda s=some, n=samples: generate(model, s, n), asked.repeat
-        )
-        print(f"{f'rollout, {rows} rows':34}{found:8.2f}{'1.00' if rows >= 8 else '-':>8}{seconds:10.2f}")
+        found, _, floor = compare(partial(rollout, model, some, samples), partial(generate, model, some, samples), asked.repeat)
+        print(f"{f'rollout, {rows} rows':34}{found:8.2f}{'1.00' if rows >= 8 else '-':>8}{floor:10.0f}")
     batch = batch_of(prompts[:1], rollout(model, prompts[:1], SAMPLES), SAMPLES)
-    found, seconds = ratio(lambda: gated_update(model, batch), lambda: plain_update(model, batch), asked.repeat)
-    print(f"{f'update, {SAMPLES} rows':34}{found:8.2f}{'1.15':>8}{seconds:10.2f}")
+    found, _, floor = compare(partial(gated_update, model, batch), partial(plain_update, model, batch), asked.repeat)
+    print(f"{f'update, {SAMPLES} rows':34}{found:8.2f}{'1.15':>8}{floor:10.0f}")
     print(f"{'prompt rows read, 2 prompts x 8':34}{prompt_reads(model, prompts[:2], SAMPLES):8d}{2:8d}")
 
 
