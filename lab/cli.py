@@ -1,24 +1,40 @@
-"""The `lab` command. Exit status: 0 done, 1 a run failed, 2 the request was wrong, 130 interrupted."""
+"""The `lab` command.
+
+Exit status: 0 done; 1 a run failed, or a check found something wrong; 2 the request was wrong (arguments, parameters, files);
+3 the request was right but something it needs is not there or in use (device, cluster, disk, run folder); 130 stopped by Ctrl-C or
+SIGTERM, to be taken up.
+"""
 
 import json
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lab import completion
 from lab.errors import LabError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, help="A workbench for latent reasoning.")
 
-Paper = Annotated[str, typer.Argument(help="Key of a paper; `lab papers` lists them.")]
-Recipe = Annotated[
-    str, typer.Option("--recipe", "-R", help="A recipe of the paper (default: toy, or what a resumed run was started with).")
+
+Paper = Annotated[str, typer.Argument(help="Key of a paper; `lab papers` lists them.", autocompletion=completion.papers)]
+RECIPE = "A recipe of the paper (default: toy, or what a resumed run was started with)."
+Recipe = Annotated[str, typer.Option("--recipe", "-R", help=RECIPE, autocompletion=completion.recipes)]
+GRID = "Values to go through (default: the paper's sweeps.yaml)."
+Grid = Annotated[list[str], typer.Option("-p", metavar="NAME=V1,V2", help=GRID, autocompletion=completion.parameters)]
+VALUES = "Change a parameter; STEP.NAME=VALUE for one step only."
+Values = Annotated[list[str], typer.Option("-p", metavar="NAME=VALUE", help=VALUES, autocompletion=completion.parameters)]
+Runs = Annotated[list[Path], typer.Argument(help="Run folders.", autocompletion=completion.runs)]
+Step = Annotated[
+    str, typer.Option("--from", metavar="STEP", help="Run this step and the later ones again.", autocompletion=completion.steps)
 ]
-Grid = Annotated[list[str], typer.Option("-p", metavar="NAME=V1,V2", help="Values to go through (default: the paper's sweeps.yaml).")]
-Values = Annotated[list[str], typer.Option("-p", metavar="NAME=VALUE", help="Change a parameter; STEP.NAME=VALUE for one step only.")]
-Runs = Annotated[list[Path], typer.Argument(help="Run folders.")]
+RECIPES = "A recipe, or several: toy,toy-claims."
+POINTS = "A YAML list of points, {NAME: VALUE, ...}, instead of a grid."
+OPTION = "What else submitit or Ray is asked for."
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -38,7 +54,7 @@ def run(
     paper: Paper,
     recipe: Recipe = "",
     values: Values = [],  # noqa: B006 - typer copies it
-    from_step: Annotated[str, typer.Option("--from", metavar="STEP", help="Run this step and the later ones again.")] = "",
+    from_step: Step = "",
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run: --run, or the newest of this recipe.")] = False,
     folder: Annotated[Path | None, typer.Option("--run", metavar="DIR", help="The run folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
@@ -59,26 +75,37 @@ def run(
 
 @app.command()
 def sweep(
-    paper: Paper,
-    recipe: Annotated[str, typer.Option("--recipe", "-R", help="A recipe of the paper.")] = "toy-claims",
-    values: Annotated[
-        list[str], typer.Option("-p", metavar="NAME=V1,V2", help="Values to go through (default: the paper's sweeps.yaml).")
-    ] = [],  # noqa: B006
+    paper: Annotated[str, typer.Argument(help="Key of a paper, or several, as in tah,codi.", autocompletion=completion.papers)],
+    recipe: Annotated[str, typer.Option("--recipe", "-R", help=RECIPES, autocompletion=completion.recipes)] = "toy-claims",
+    values: Grid = [],  # noqa: B006
+    points: Annotated[Path | None, typer.Option(metavar="FILE", help=POINTS)] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time.")] = 1,
-    devices: Annotated[str, typer.Option(help="CUDA devices, one slot each, as in 0,1,2,3.")] = "",
-    engine: Annotated[str, typer.Option(help="local, or slurm: a job for each run.")] = "local",
-    option: Annotated[list[str], typer.Option("--option", "-o", metavar="NAME=VALUE", help="What a Slurm job asks for.")] = [],  # noqa: B006
+    engine: Annotated[
+        str, typer.Option(help="local, slurm (a job a run) or ray (a task a run).", autocompletion=completion.engines)
+    ] = "local",
+    devices: Annotated[str, typer.Option(help="CUDA devices of this machine, one run on each, as in 0,1,2,3.")] = "",
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs a run needs.")] = 0,
+    cpus: Annotated[int, typer.Option(min=0, help="Cores a run needs.")] = 0,
+    memory: Annotated[float, typer.Option(min=0, metavar="GIB", help="Memory a run needs.")] = 0,
+    timeout: Annotated[float | None, typer.Option(metavar="MINUTES", help="Stop a run that takes longer.")] = None,
+    address: Annotated[str, typer.Option(help="Of the Ray cluster; local starts one here.")] = "auto",
+    option: Annotated[list[str], typer.Option("--option", "-o", metavar="NAME=VALUE", help=OPTION)] = [],  # noqa: B006
     folder: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The sweep's folder.")] = None,
     retries: Annotated[int, typer.Option(min=0, help="How often a run that failed is taken up again.")] = 0,
-    timeout: Annotated[float | None, typer.Option(metavar="MINUTES", help="Stop a run that takes longer.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a recipe over seeds and parameters, one process a run; the same command again takes up what is left."""
+    """Run recipes over seeds and parameters, one process a run; the same command again takes up what is left."""
+    import yaml
+
+    from lab import engines
     from lab import sweep as sweeps
 
     out = folder or sweeps.sweep_folder(paper, recipe)
-    seconds = 60 * timeout if timeout is not None else None
-    result = sweeps.run_sweep(paper, recipe, _overrides(values), _engine(engine, out, jobs, devices, option), out, retries, seconds)
+    listed = sweeps.read_points(points) if points else None
+    asked = {key: yaml.safe_load(value) for key, value in _overrides(option).items()}
+    needs = engines.Needs(gpus, cpus, memory, timeout)
+    chosen = engines.engine(engine, out / ".jobs", jobs, [d for d in devices.split(",") if d], needs, address, **asked)
+    result = sweeps.run_sweep(paper, recipe, _overrides(values), chosen, out, retries, listed=listed)
     _show(result.as_json(), result.text(), as_json)
     if result.failed:
         raise typer.Exit(1)
@@ -90,8 +117,6 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Run the toy recipe of every paper in papers/demo.yaml, then write one report."""
-    import os
-
     from lab import provenance, report
     from lab import sweep as sweeps
 
@@ -161,7 +186,7 @@ def verify(runs: Runs, as_json: AsJson = False) -> None:
 
 @app.command()
 def rerun(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder to repeat.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder to repeat.", autocompletion=completion.runs)],
     tolerance: Annotated[float, typer.Option(help="Relative difference that still counts as equal.")] = 1e-6,
     as_json: AsJson = False,
 ) -> None:
@@ -190,20 +215,6 @@ def _check_line(check: dict[str, Any]) -> str:
     return f"{mark} {check['name']:10} {check['found']}{advice}"
 
 
-def _engine(name: str, out: Path, jobs: int, devices: str, options: list[str]) -> Any:
-    import yaml
-
-    from lab import engines
-    from lab.errors import unknown
-
-    if name not in ("local", "slurm"):
-        raise unknown("engine", name, ["local", "slurm"])
-    if name == "local":
-        return engines.Local(jobs, [device for device in devices.split(",") if device])
-    asked = {key: yaml.safe_load(value) for key, value in _overrides(options).items()}
-    return engines.Cluster(out / ".jobs", jobs, asked)
-
-
 def _overrides(values: list[str]) -> dict[str, str]:
     from lab.papers import split_override
 
@@ -217,19 +228,24 @@ def _show(value: Any, text: str, as_json: bool) -> None:
 def main() -> None:
     """Runs the command line; every expected error is one sentence on standard error."""
     debug = "--debug" in sys.argv
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does: cleanly, to be resumed
+    if parent := os.environ.pop("LAB_PARENT", None):
+        _end_with(int(parent))
     try:
         app()
     except LabError as error:
         if debug:
             raise
         typer.echo(f"lab: {error}", err=True)
-        sys.exit(_status(error))
+        sys.exit(error.status)
 
 
-def _status(error: LabError) -> int:
-    from lab.pipeline import Interrupted, StepFailed
+def _end_with(parent: int) -> None:
+    from lab.kernels import end_with_parent
 
-    return {StepFailed: 1, Interrupted: 130}.get(type(error), 2)
+    end_with_parent(signal.SIGTERM)
+    if os.getppid() != parent:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

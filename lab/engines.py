@@ -1,41 +1,66 @@
-"""Where a pool's runs are executed: processes of this machine, or jobs of a cluster. An engine has slots and can make one attempt."""
+"""Where a pool's runs are executed: processes of this machine, Slurm jobs, Ray tasks. An engine has slots and can make one attempt."""
 
 import contextlib
+import math
 import os
 import queue
 import subprocess
+import tempfile
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from lab import kernels
-from lab.errors import DeviceError, SettingsError
+from lab.errors import DeviceError, SettingsError, unknown
+
+STOPPED = "stopped, to be taken up"
+_OF_THE_WORKER = ("CUDA_VISIBLE_DEVICES", "SLURM_", "RAY_")  # variables that a scheduler sets for a run
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What every run asks for: GPUs, cores (0: the engine's own share), memory in GiB (0: not asked), minutes (None: without end)."""
+
+    gpus: int = 0
+    cpus: int = 0
+    memory: float = 0.0
+    minutes: float | None = None
 
 
 class Engine(Protocol):
-    """Used as a context manager around a pool's work; `attempt` is called from `slots` threads."""
+    """Used as a context manager around a pool's work; `attempt` is called from `slots` threads.
+
+    Every engine raises, when it is made, SettingsError for an option it does not know and DeviceError for what it cannot give.
+    """
 
     slots: int
 
     def __enter__(self) -> "Engine": ...
     def __exit__(self, *_: object) -> None: ...
-    def attempt(self, command: list[str], timeout_s: float | None) -> str:
-        """Runs `command`, for `timeout_s` at most; returns "" or, in a sentence, what went wrong."""
+    def attempt(self, command: list[str]) -> str:
+        """Runs `command` to its end, or to the end of its time; returns "" or, in a sentence, what went wrong."""
+        ...
+
+    def stop(self) -> None:
+        """Ends the attempts under way, each so that it can be taken up, and lets no other start."""
         ...
 
 
 class Local:
-    """A process for each run: `jobs` at a time with their share of the cores, or one on each CUDA device of `devices`.
+    """A process for each run: `jobs` at a time with their share of the cores, or as many as `devices` (CUDA numbers; all) are for."""
 
-    Raises DeviceError for a device this machine does not have.
-    """
-
-    def __init__(self, jobs: int = 1, devices: list[str] | None = None) -> None:
-        _check_devices(devices or [])
-        self.slots = len(devices) if devices else jobs
+    def __init__(self, jobs: int = 1, devices: list[str] | None = None, needs: Needs = Needs()) -> None:
+        devices = _cuda_devices(devices or [], needs.gpus)
+        each = max(1, needs.gpus)
+        groups = [",".join(devices[i : i + each]) for i in range(0, len(devices) - each + 1, each)]
+        self.slots, self.needs = len(groups) or jobs, needs
+        _check_memory(self.slots * needs.memory)
         self._free: queue.Queue[str] = queue.Queue()
-        for device in devices or [""] * jobs:
-            self._free.put(device)
-        self._threads = str(max(1, (os.cpu_count() or 1) // self.slots))
+        for group in groups or [""] * jobs:
+            self._free.put(group)
+        self._threads = str(needs.cpus or max(1, (os.cpu_count() or 1) // self.slots))
+        self._commands = Commands()
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Local":
@@ -45,70 +70,232 @@ class Local:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def attempt(self, command: list[str], timeout_s: float | None) -> str:
-        device = self._free.get()
+    def attempt(self, command: list[str]) -> str:
+        devices = self._free.get()
         try:
-            chosen = {"CUDA_VISIBLE_DEVICES": device} if device else {}
-            return run_command(command, {"OMP_NUM_THREADS": self._threads, **os.environ, **chosen}, timeout_s)
+            chosen = {"CUDA_VISIBLE_DEVICES": devices} if devices else {}
+            mine = {kernels.PARENT: str(os.getpid())}
+            return self._commands.run(command, {"OMP_NUM_THREADS": self._threads, **os.environ, **chosen, **mine}, self.needs.minutes)
         finally:
-            self._free.put(device)
+            self._free.put(devices)
+
+    def stop(self) -> None:
+        self._commands.stop()
 
 
-class Cluster:
-    """A job for each run, submitted through submitit: to Slurm, or (cluster="local") to processes, to try it without one.
+class Slurm:
+    """A job for each run, through submitit; cluster="local" makes processes of them, to try it without Slurm.
 
-    folder: for submitit's scripts and logs, on a disk that the nodes share. options: what a run asks for, as submitit names it
-    (gpus_per_node, cpus_per_task, mem_gb, timeout_min, slurm_partition, …). Raises SettingsError for an option submitit does not
-    know, DeviceError where there is no such cluster.
+    folder: for submitit's scripts and logs, on a disk that the nodes share. options: further ones as submitit names them
+    (slurm_partition, slurm_constraint, …). A job that asks for what no node has is found by `sbatch --test-only`.
     """
 
-    def __init__(self, folder: Path, jobs: int, options: dict[str, Any], cluster: str = "slurm") -> None:
+    def __init__(self, folder: Path, jobs: int, needs: Needs = Needs(), options: dict[str, Any] | None = None, cluster: str = "slurm"):
         try:
             import submitit
         except ImportError:
-            raise SettingsError("The cluster engine needs submitit: pip install -e '.[slurm]'") from None
-        self.slots = jobs
+            raise SettingsError("The Slurm engine needs submitit: pip install -e '.[slurm]'") from None
+        self.slots, self.needs, self._jobs, self._stopped = jobs, needs, [], False
+        asked = {"gpus_per_node": needs.gpus, "cpus_per_task": needs.cpus, "mem_gb": needs.memory}
+        minutes = {"timeout_min": math.ceil(needs.minutes) + 1} if needs.minutes else {}
         try:
             self._executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-            self._executor.update_parameters(**options)
+            self._executor.update_parameters(**{name: n for name, n in asked.items() if n}, **minutes, **(options or {}))
         except RuntimeError as error:
             raise DeviceError(f"No {cluster} cluster can be reached from here: {error}.") from None
         except (NameError, AssertionError) as error:
             raise SettingsError(f"--option: {str(error).splitlines()[0]}") from None
+        if cluster == "slurm":
+            self._check()
 
-    def __enter__(self) -> "Cluster":
+    def _check(self) -> None:
+        script = self._executor._executor._make_submission_file_text("true", "check")  # what submitit would submit
+        with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+            file.write(script)
+            file.flush()
+            done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True)
+        if done.returncode:
+            raise DeviceError(f"Slurm would not take the runs: {done.stderr.strip().splitlines()[-1]}")
+
+    def __enter__(self) -> "Slurm":
         return self
 
     def __exit__(self, *_: object) -> None:
         return None
 
-    def attempt(self, command: list[str], timeout_s: float | None) -> str:
+    def attempt(self, command: list[str]) -> str:
         from submitit.core.utils import FailedJobError, UncompletedJobError
 
-        environment = {name: value for name, value in os.environ.items() if name != kernels.SOCKET}
-        job = self._executor.submit(run_command, command, environment, timeout_s)
+        if self._stopped:
+            return STOPPED
+        try:
+            job = self._executor.submit(on_worker, command, _own_environment(), os.getcwd(), self.needs.minutes)
+        except FailedJobError as error:
+            return f"not submitted: {str(error).strip().splitlines()[-1]}"
+        self._jobs.append(job)
         try:
             return job.result()
         except (FailedJobError, UncompletedJobError) as error:
             return f"job {job.job_id}: {str(error).splitlines()[0]} (log: {job.paths.stderr})"
 
+    def stop(self) -> None:
+        self._stopped = True
+        for job in self._jobs:
+            if not job.done():
+                job.cancel()
 
-def run_command(command: list[str], environment: dict[str, str], timeout_s: float | None) -> str:
-    """Runs `command` to its end or for `timeout_s`; returns "" or the first line of what it said was wrong."""
+
+class Ray:
+    """A task for each run on a Ray cluster. address: as ray.init takes it ("auto": the one this machine belongs to; "local": a new one).
+
+    options: further ones as a Ray task takes them (resources, scheduling_strategy, …).
+    """
+
+    def __init__(self, jobs: int, needs: Needs = Needs(), address: str = "auto", options: dict[str, Any] | None = None) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise SettingsError("The Ray engine needs ray: pip install -e '.[ray]'") from None
+        self.slots, self.needs, self._ray, self._stopped = jobs, needs, ray, False
+        asked = {"num_gpus": needs.gpus, "num_cpus": needs.cpus or 1, "memory": int(needs.memory * 2**30)}
+        try:
+            self._task = ray.remote(on_worker).options(max_retries=0, **{name: n for name, n in asked.items() if n}, **(options or {}))
+        except (ValueError, TypeError) as error:
+            raise SettingsError(f"--option: {str(error).splitlines()[0]}") from None
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster started here reports to nobody
+        try:
+            ray.init(address, ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise DeviceError(f"No Ray cluster at {address!r} (ray start --head makes one): {str(error).splitlines()[0]}") from None
+        self._running: set[Any] = set()
+        try:
+            self._check({"GPU": needs.gpus, "CPU": needs.cpus or 1, "memory": asked["memory"], **(options or {}).get("resources", {})})
+        except DeviceError:
+            ray.shutdown()
+            raise
+
+    def _check(self, wanted: dict[str, float]) -> None:
+        """Ray itself would wait for ever for a node that has all of `wanted`."""
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        if not any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes):
+            asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items() if amount)
+            most = ", ".join(f"{max((node.get(name, 0) for node in nodes), default=0):g} {name}" for name in wanted if wanted[name])
+            raise DeviceError(f"A run asks for {asked}; no node of the Ray cluster has that (the most there is: {most}).")
+
+    def __enter__(self) -> "Ray":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ray.shutdown()
+
+    def attempt(self, command: list[str]) -> str:
+        if self._stopped:
+            return STOPPED
+        task = self._task.remote(command, _own_environment(), os.getcwd(), self.needs.minutes)
+        self._running.add(task)
+        try:
+            return self._ray.get(task)
+        except self._ray.exceptions.RayError as error:
+            return STOPPED if self._stopped else f"Ray task: {str(error).strip().splitlines()[0]}"
+        finally:
+            self._running.discard(task)
+
+    def stop(self) -> None:
+        self._stopped = True
+        for task in list(self._running):
+            self._ray.cancel(task)
+
+
+ENGINES = ("local", "slurm", "ray")
+
+
+def engine(
+    name: str, folder: Path, jobs: int = 1, devices: list[str] | None = None, needs: Needs = Needs(), address: str = "auto", **options: Any
+) -> Engine:
+    """The engine of that name; SettingsError for an unknown one, or for an option it has no use for. folder: see Slurm."""
+    if name not in ENGINES:
+        raise unknown("engine", name, ENGINES)
+    if devices and name != "local":
+        raise SettingsError(f"--devices are of this machine; on {name} runs ask for --gpus.")
+    if name == "local":
+        if options:
+            raise SettingsError(f"--option {next(iter(options))}: the local engine takes none.")
+        return Local(jobs, devices, needs)
+    return Slurm(folder, jobs, needs, options) if name == "slurm" else Ray(jobs, needs, address, options)
+
+
+class Commands:
+    """Commands under way on this machine, which can be told to stop."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen] = set()
+        self._stopped, self._lock = False, threading.Lock()
+
+    def run(self, command: list[str], environment: dict[str, str], minutes: float | None = None, cwd: str | None = None) -> str:
+        """Runs `command` for `minutes` at most; returns "" or what it said was wrong. Told to stop, it ends as with Ctrl-C."""
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        with self._lock:
+            if self._stopped:
+                return STOPPED
+            process = subprocess.Popen(command, env=environment, cwd=cwd, **pipes)
+            self._running.add(process)
+        try:
+            said = process.communicate(timeout=60 * minutes if minutes else None)[1]
+        except subprocess.TimeoutExpired:
+            return f"stopped after {60 * minutes:g} s"  # type: ignore[operator]
+        finally:
+            _end(process)
+            self._running.discard(process)
+        return "" if process.returncode == 0 else STOPPED if self._stopped else _complaint(said, process.returncode)
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()
+
+
+def _end(process: subprocess.Popen, seconds: float = 20.0) -> None:
+    """Ends `process` if it still runs: as Ctrl-C does, then by force."""
     try:
-        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s)
+        process.terminate()
+        process.wait(seconds)
     except subprocess.TimeoutExpired:
-        return f"stopped after {timeout_s:g} s"
-    if done.returncode == 0:
-        return ""
-    return (done.stderr.strip() or f"exit status {done.returncode}").removeprefix("lab: ").splitlines()[0]
+        process.kill()
+        process.wait()
 
 
-def _check_devices(devices: list[str]) -> None:
-    if not devices:
-        return
+def _complaint(said: str, status: int) -> str:
+    lines = said.strip().splitlines()
+    ours = [line.removeprefix("lab: ") for line in lines if line.startswith("lab: ")]
+    return (ours or lines[-1:] or [f"ended by signal {-status}" if status < 0 else f"exit status {status}"])[-1]
+
+
+def on_worker(command: list[str], environment: dict[str, str], cwd: str, minutes: float | None) -> str:
+    """`Commands.run` on another machine: the submitter's environment, with the devices this worker was given."""
+    given = {name: value for name, value in os.environ.items() if name.startswith(_OF_THE_WORKER)}
+    return Commands().run(command, {**environment, **given}, minutes, cwd)
+
+
+def _own_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith((*_OF_THE_WORKER, kernels.SOCKET, kernels.PARENT))}
+
+
+def _cuda_devices(devices: list[str], gpus: int) -> list[str]:
+    """`devices`, or all where runs ask for GPUs and none is named."""
+    if not devices and not gpus:
+        return []
     import torch
 
     there = [str(index) for index in range(torch.cuda.device_count())]
     if missing := [device for device in devices if device not in there]:
         raise DeviceError(f"CUDA device {missing[0]} was asked for; this machine has {', '.join(there) or 'none'}.")
+    if gpus > len(devices or there):
+        raise DeviceError(f"A run asks for {gpus} GPUs; there are {len(devices or there)}.")
+    return devices or there
+
+
+def _check_memory(gib: float) -> None:
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if gib > there:
+        raise DeviceError(f"The runs at a time ask for {gib:g} GiB of memory; this machine has {there:.0f}.")

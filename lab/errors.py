@@ -7,6 +7,8 @@ from difflib import get_close_matches
 class LabError(Exception):
     """Base of every error that `lab` raises on purpose; its message is one clear sentence or two."""
 
+    status = 2  # what the command line exits with
+
 
 class SettingsError(LabError):
     """A parameter, recipe or option that is unknown, contradictory or of the wrong type."""
@@ -24,8 +26,22 @@ class RunError(LabError):
     """A run folder that is locked, holds another run, or cannot be written."""
 
 
+class BusyError(RunError):
+    """A folder in use, a full or read-only disk: nothing is wrong with the request, which may be made again later or elsewhere."""
+
+    status = 3
+
+
+class Interrupted(RunError):
+    """Somebody stopped the work; the message says how to go on."""
+
+    status = 130
+
+
 class DeviceError(LabError):
     """A device, process or server that was asked for and is not there."""
+
+    status = 3
 
 
 class TrainingError(LabError):

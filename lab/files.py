@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from lab.errors import RunError
+from lab.errors import BusyError, RunError
 
 _REASONS = {
     errno.ENOSPC: "no space is left on the disk; free some, then continue with --resume",
@@ -27,12 +27,12 @@ _REASONS = {
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns an OSError while writing at `path` into a RunError that says what to do."""
+    """Turns an OSError while writing at `path` into a BusyError that says what to do."""
     try:
         yield
     except OSError as error:
         reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
-        raise RunError(f"Cannot write {path}: {reason}.") from error
+        raise BusyError(f"Cannot write {path}: {reason}.") from error
 
 
 def plain(value: Any) -> Any:
@@ -140,7 +140,7 @@ def lock(path: Path, refusal: str) -> TextIO:
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
-        raise RunError(f"{refusal} ({holder}).") from None
+        raise BusyError(f"{refusal} ({holder}).") from None
     with writing(path):
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from lab.errors import RunError
 
 PRELOAD = ("ipykernel.kernelapp", "IPython.display", "ipywidgets", "pandas", "torch", "transformers.trainer", "matplotlib.pyplot")
 SOCKET = "LAB_WARM"
+PARENT = "LAB_PARENT"  # the process that a run must not outlive
 _GONE = "The process that starts kernels has ended (its words are above); LAB_WARM=0 starts them without it."
 INLINE = "module://matplotlib_inline.backend_inline"
 
@@ -49,7 +51,10 @@ def server() -> Iterator[None]:
 
 
 def manager_class(log_file: Path) -> Any:
-    """A kernel manager that forks its kernel off the server if there is one; what the kernel prints outside cells goes to `log_file`."""
+    """A kernel manager, for one kernel, that forks it off the server if there is one; `stop(signal)` may be called from any thread.
+
+    What the kernel prints outside cells goes to `log_file`.
+    """
     path = os.environ.get(SOCKET, "0")
     from jupyter_client import AsyncKernelManager
     from jupyter_client.provisioning import LocalProvisioner
@@ -61,13 +66,15 @@ def manager_class(log_file: Path) -> Any:
             return self.connection_info
 
     class Manager(AsyncKernelManager):
-        stopped = False  # whether somebody asked the kernel to end; else its end is its own
+        group = 0  # the kernel's processes, once they run
+        stopped = False  # whether somebody asked for its end
 
-        async def _async_shutdown_kernel(self, *arguments: Any, **options: Any) -> None:
-            type(self).stopped = True
-            await super()._async_shutdown_kernel(*arguments, **options)
-
-        shutdown_kernel = _async_shutdown_kernel
+        @classmethod
+        def stop(cls, number: int) -> None:
+            cls.stopped = True
+            if cls.group:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(cls.group, number)
 
         async def _async_pre_start_kernel(self, **kwargs: Any) -> Any:
             if self.provisioner is None and path != "0":
@@ -77,6 +84,9 @@ def manager_class(log_file: Path) -> Any:
         async def _async_launch_kernel(self, kernel_cmd: list[str], **kwargs: Any) -> None:
             with open(log_file, "ab") as file:
                 await super()._async_launch_kernel(kernel_cmd, **{"stdout": file, "stderr": file, **kwargs})
+            type(self).group = self.provisioner.pid
+            if self.stopped:
+                self.stop(signal.SIGKILL)
 
     return Manager
 
@@ -157,11 +167,16 @@ def serve(path: str) -> None:
             _start(listener, children)
         _end({connection for connection in ready if connection in children}, children)
     _end(set(children), children)
+    shutil.rmtree(Path(path).parent, ignore_errors=True)  # whoever made it was killed
 
 
 def _start(listener: socket.socket, children: dict[socket.socket, int]) -> None:
     connection, _ = listener.accept()
-    request = json.loads(connection.makefile("r").readline())
+    try:
+        request = json.loads(connection.makefile("r").readline())
+    except (OSError, ValueError):  # who asked is gone
+        connection.close()
+        return
     pid = os.fork()
     if pid == 0:
         for other in [listener, connection, *children]:
@@ -169,8 +184,9 @@ def _start(listener: socket.socket, children: dict[socket.socket, int]) -> None:
         _kernel(request)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.setpgid(pid, pid)
-    connection.sendall(f"{pid}\n".encode())
     children[connection] = pid
+    with contextlib.suppress(OSError):
+        connection.sendall(f"{pid}\n".encode())
 
 
 def _end(gone: set[socket.socket], children: dict[socket.socket, int]) -> None:
@@ -192,7 +208,7 @@ def _kernel(request: dict[str, Any]) -> None:
     status = 1
     try:
         os.setpgid(0, 0)
-        _die_with_parent()
+        end_with_parent(signal.SIGKILL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         output = os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         for number, source in enumerate([os.open(os.devnull, os.O_RDONLY), output, output]):
@@ -214,10 +230,12 @@ def _kernel(request: dict[str, Any]) -> None:
         os._exit(status)
 
 
-def _die_with_parent() -> None:
-    import ctypes
+def end_with_parent(number: int) -> None:
+    """Has Linux send this process the signal `number` when the one that started it ends."""
+    if sys.platform == "linux":
+        import ctypes
 
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
 
 
 def _settle_torch_and_draws() -> None:

@@ -2,15 +2,20 @@
 
 import logging
 import re
+import signal
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+from lab import kernels
 from lab.errors import RunError
 from lab.files import make_folder, write_text, writing
 
 log = logging.getLogger(__name__)
+GRACE_S = 5.0  # how long a kernel may take to stop before it is ended
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -23,26 +28,47 @@ class CellFailed(RunError):
         super().__init__(f"{ename} in cell {cell}: {first_line} See {notebook.with_suffix('.html')}#papermill-error-cell")
 
 
-def execute(
-    notebook: Path,
-    output: Path,
-    parameters: dict[str, Any],
-    on_cell: Callable[[int, int], None] | None = None,
-    manager: Any = None,
-) -> Path:
+def execute(notebook: Path, output: Path, parameters: dict[str, Any], on_cell: Callable[[int, int], None] | None = None) -> Path:
     """Runs `notebook` with `parameters` (checked by the caller) and returns `output`, written after every cell, with its HTML beside it.
 
-    on_cell(done, total) is called as code cells start. manager: a kernel manager class that starts the kernel its own way.
+    on_cell(done, total) is called as code cells start. What the kernel prints outside cells goes to `output` with the ending .log.
     Raises CellFailed if a cell raises, RunError if the kernel dies, KeyboardInterrupt if it was stopped; what ran before stays in `output`.
     """
     make_folder(output.parent)
+    manager = kernels.manager_class(output.with_suffix(".log"))
     with writing(output):
         try:
-            _papermill(notebook, output, parameters, on_cell, manager)
+            _interruptible(lambda: _papermill(notebook, output, parameters, on_cell, manager), manager)
         finally:
             if output.exists():
                 to_html(output)
     return output
+
+
+def _interruptible(work: Callable[[], None], manager: Any) -> None:
+    """Does `work` in a thread of its own, so that an interrupt finds this one waiting and not inside a library that may swallow it.
+
+    The kernel is then told to stop, and ended if it does not.
+    """
+    outcome: Future[None] = Future()
+
+    def thread() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:  # all of it is raised again by the thread that waits
+            outcome.set_exception(error)
+
+    try:
+        Thread(target=thread, daemon=True).start()
+        while not wait([outcome], timeout=0.5).done:
+            pass
+    except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGKILL):
+            manager.stop(number)
+            if wait([outcome], timeout=GRACE_S).done:
+                break
+        raise
+    outcome.result()
 
 
 def _papermill(notebook: Path, output: Path, parameters: dict[str, Any], on_cell: Callable[[int, int], None] | None, manager: Any) -> None:
@@ -52,18 +78,14 @@ def _papermill(notebook: Path, output: Path, parameters: dict[str, Any], on_cell
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # its warnings are about parameters, which lab.parameters has checked
     hooks = {"on_cell_start": _counter(notebook, on_cell)} if on_cell else {}
-    given = {"kernel_manager_class": manager} if manager is not None else {}
+    given = {"kernel_name": "python3", "language": "python", "kernel_manager_class": manager, "progress_bar": False, **hooks}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            papermill.execute_notebook(
-                str(notebook), str(output), parameters, kernel_name="python3", language="python", progress_bar=False, **hooks, **given
-            )
+            papermill.execute_notebook(str(notebook), str(output), parameters, **given)
     except PapermillExecutionError as error:
         raise CellFailed(output, error.cell_index + 1, error.ename, error.evalue) from None
     except DeadKernelError:
-        if getattr(manager, "stopped", False):
-            raise KeyboardInterrupt from None
         raise RunError(f"The kernel of {notebook.name} died (killed, or out of memory); its output so far is in {output}.") from None
 
 

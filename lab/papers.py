@@ -52,11 +52,32 @@ class Pipeline(Settings):
         return {name: parameter for name, parameter in found.items() if name not in OWN}
 
 
+class Setting(Settings):
+    """Under what a number was measured, as far as its source says; "" = it does not."""
+
+    backbone: str = ""
+    dataset: str = ""
+    split: str = ""
+    decoding: str = ""
+    note: str = ""
+
+    @property
+    def stated(self) -> bool:
+        """Whether the source says anything that can be compared."""
+        return bool(self.backbone or self.dataset)
+
+
 class Reported(Settings):
-    """A number, or several, as a paper or its repository gives them, with the place they were seen."""
+    """Numbers as a paper or its repository gives them, with the place they were seen.
+
+    A value is named by its data set (`gsm8k: 34.1` is an accuracy, `gsm8k_tokens` another measure) or by its measure. `arm` is the one
+    of our results that it stands beside, `scale` what an accuracy of 1 is in the paper's unit.
+    """
 
     claim: str
-    setting: str = ""
+    setting: Setting = Setting()
+    arm: str = ""
+    scale: float = 1.0
     values: dict[Any, Any] = {}
     source: str
 
@@ -118,7 +139,7 @@ def _ordered(steps: list[StepSpec]) -> list[StepSpec]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; SettingsError naming file and line if it is not one."""
-    content = _load_yaml(path)
+    content = load_yaml(path)
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -126,7 +147,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _load_yaml(path: Path) -> Any:
+def load_yaml(path: Path) -> Any:
+    """What a YAML file holds; SettingsError naming file and line if it is not YAML."""
     try:
         return yaml.safe_load(path.read_text())
     except FileNotFoundError:
@@ -239,7 +261,7 @@ def _taking_part(planned: list[Planned]) -> list[Planned]:
 def reported(paper: str) -> list[Reported]:
     """What `papers/<key>/reported.yaml` quotes from the paper; [] where there is no such file."""
     path = folder(paper) / "reported.yaml"
-    lines = (_load_yaml(path) or []) if path.exists() else []
+    lines = (load_yaml(path) or []) if path.exists() else []
     if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
         raise SettingsError(f"{path}: must hold a list of lines with `claim`, `setting`, `values` and `source`.")
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import kernels, papers, report, runs
-from lab.errors import LabError, RunError, unknown
+from lab.errors import Interrupted, LabError, RunError, unknown
 from lab.files import make_folder, read_json, sketch_json
 from lab.pool import LIVE
 from lab.progress import Display, clock, display
@@ -28,9 +28,7 @@ PROGRESS = ".progress.json"  # where a kernel writes the state of its loop
 class StepFailed(RunError):
     """A step of a run did not finish; the message says where to look and how to go on."""
 
-
-class Interrupted(RunError):
-    """Somebody stopped the run; the message says how to go on."""
+    status = 1
 
 
 def run_recipe(
@@ -60,11 +58,11 @@ def run_recipe(
             live = Live(f"{paper} {recipe}", planned, _history(paper, recipe), show)
             for step in planned:
                 _run_step(run, step, step.step in forced, live)
+        report.write([run.folder], run.folder / REPORT)
     except KeyboardInterrupt:
         raise Interrupted(f"Stopped. Everything so far is kept; go on with: {_go_on(run)}") from None
     finally:
         run.close()
-    report.write([run.folder], run.folder / REPORT)
     return run.folder
 
 
@@ -105,6 +103,14 @@ def _check_earlier(run: runs.Run, planned: list[papers.Planned], forced: set[str
     for step in planned:
         if step.step not in forced and run.step(step.step) is None:
             raise RunError(f"Step {step.step!r} of {run.folder} has not finished: continue with --resume and without --from.")
+
+
+def is_finished(folder: Path, planned: list[papers.Planned]) -> bool:
+    """Whether `folder` holds a run of these steps, all done, and its report, with the same parameters, code and data."""
+    if not (folder / runs.MANIFEST).exists() or not (folder / REPORT).exists():
+        return False
+    found = [(runs.Run(folder).step(step.step), fingerprint(step.spec, step.values, folder)[0]) for step in planned]
+    return all(record is not None and record.unchanged(mark) for record, mark in found)
 
 
 def describe(paper: str, recipe: str, overrides: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -177,10 +183,9 @@ def _run_step(run: runs.Run, planned: papers.Planned, forced: bool, live: "Live"
         return
     token = record.info["token"] if record is not None else None
     output = make_folder(run.folder / "notebooks") / f"{name}.ipynb"
-    manager = kernels.manager_class(output.with_suffix(".log"))
     with live.step(name):
         try:
-            execute(planned.spec.path, output, {**planned.given, "run": str(run.folder)}, live.cell, manager)
+            execute(planned.spec.path, output, {**planned.given, "run": str(run.folder)}, live.cell)
         except LabError as error:
             _failed(run, name, error)
     record = run.step(name)
@@ -218,6 +223,7 @@ class Live:
         self.title, self.names, self.history = title, [step.step for step in planned], history
         self.display = show or display()
         self._cells, self._began = (0, 1), time.monotonic()
+        self._inner: dict[str, Any] = {}
         self._wall: dict[str, float] = {}
         self._skipped: set[str] = set()
 
@@ -257,29 +263,28 @@ class Live:
 
     def _watch(self, name: str, stop: threading.Event) -> None:
         while not stop.wait(0.4):
-            text = self.text(name)
-            state = {"text": text.removeprefix(f"{self.title} · "), "share": self.share(name)}
+            state = self.state(name)
             sketch_json(Path(os.environ["LAB_PROGRESS"]).with_name(LIVE), state)
             if self.display.draw_due():
-                self.display.draw(text)
+                self.display.draw(self.text(name, state))
 
-    def share(self, name: str) -> float:
-        """How much of the run is behind while `name` runs: steps count alike, cells of a step too."""
-        return (self.names.index(name) + self._cells[0] / max(1, self._cells[1])) / len(self.names)
+    def state(self, name: str) -> dict[str, Any]:
+        """Where `name` is: step, cell, the loop inside it and its last metric, seconds left, share of the run, device and memory."""
+        inner = {**self._inner, **_inner()}
+        self._inner = {key: inner[key] for key in ("device", "memory_mib") if key in inner}
+        spent, known = time.monotonic() - self._began, self.history.get(name)
+        left = max(inner.get("left_s") or 0.0, known - spent if known else 0.0)
+        done, total = self._cells
+        share = (self.names.index(name) + done / max(1, total)) / len(self.names)  # steps count alike, cells of a step too
+        where = {"step": f"{name} {self.names.index(name) + 1}/{len(self.names)}", "cell": f"cell {done + 1}/{total}", "loop": _loop(inner)}
+        return {**where, "metric": inner.get("note", ""), "left_s": left, "spent_s": spent, "share": share, **self._inner}
 
-    def text(self, name: str) -> str:
+    def text(self, name: str, state: dict[str, Any] | None = None) -> str:
         """The line for a step that is running."""
-        inner, left = _inner()
-        spent = time.monotonic() - self._began
-        known = self.history.get(name)
-        left = max(left or 0.0, known - spent if known else 0.0)
-        parts = [
-            self._head(name),
-            f"cell {self._cells[0] + 1}/{self._cells[1]}",
-            inner,
-            f"{clock(left)} left" if left > 0 else clock(spent),
-        ]
-        return " · ".join(part for part in parts if part) + self._left_in_all(name, left)
+        state = state or self.state(name)
+        time_text = f"{clock(state['left_s'])} left" if state["left_s"] > 0 else clock(state["spent_s"])
+        parts = [self._head(name), state["cell"], f"{state['loop']} {state['metric']}".strip(), time_text]
+        return " · ".join(part for part in parts if part) + self._left_in_all(name, state["left_s"])
 
     def _left_in_all(self, name: str, left: float) -> str:
         """Time left with the steps to come: as long as last time, or as the steps so far on average."""
@@ -292,11 +297,15 @@ class Live:
         return f" · about {clock(left + sum(guesses))} left in all"  # type: ignore[arg-type]
 
 
-def _inner() -> tuple[str, float | None]:
-    """The loop inside the running cell: its text, and its seconds left if known."""
+def _inner() -> dict[str, Any]:
+    """The state of the loop inside the running cell, if there is one (see `lab.progress`)."""
     try:
-        state = read_json(Path(os.environ["LAB_PROGRESS"]))
+        return read_json(Path(os.environ["LAB_PROGRESS"]))
     except (RunError, KeyError):
-        return "", None
-    count = f"{state['done']}/{state['total']}" if state["total"] else str(state["done"])
-    return f"{state['label']} {count}" + (f" {state['note']}" if state["note"] else ""), state["left_s"]
+        return {}
+
+
+def _loop(inner: dict[str, Any]) -> str:
+    if "label" not in inner:
+        return ""
+    return f"{inner['label']} {inner['done']}" + (f"/{inner['total']}" if inner["total"] else "")

@@ -1,18 +1,19 @@
-"""A bounded pool of runs: a failed one never stops the others, and one line shows them all."""
+"""A bounded pool of runs: a failed one never stops the others, and one table shows them all."""
 
 import contextlib
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lab.engines import Engine
-from lab.errors import RunError
+from lab.errors import Interrupted, RunError
 from lab.files import read_json
 from lab.progress import Display, clock, display
+from lab.tables import Row, table_text
 
 LIVE = ".live.json"  # where a run says what it is doing
 
@@ -26,42 +27,53 @@ class Task:
     recipe: str
     overrides: dict[str, str]
     folder: Path
-    seconds: float | None = None  # how long it may take, if that is known beforehand
+    seconds: float | None = None  # how long it should take, if that is known beforehand
+    about: dict[str, str] = field(default_factory=dict)  # what tells it from the other tasks
 
 
-def run_tasks(
-    title: str, tasks: list[Task], engine: Engine, retries: int = 0, timeout_s: float | None = None, show: Display | None = None
-) -> dict[str, str]:
+def run_tasks(title: str, tasks: list[Task], engine: Engine, retries: int = 0, show: Display | None = None) -> dict[str, str]:
     """Runs `tasks` on `engine`; returns {name: what went wrong} of those that failed.
 
-    A run that fails, or takes longer than `timeout_s` (and is stopped), is taken up again up to `retries` times. Every task must have
-    been planned before (see papers.plan): here a bad one fails alone.
+    A run that fails, or takes longer than the engine gives it, is taken up again up to `retries` times. Every task must have been
+    planned before (see papers.plan): here a bad one fails alone. Interrupted, it stops every run so that it can be taken up.
     """
     board = Board(title, tasks, engine.slots, show)
 
     def one(task: Task) -> None:
         with board.running(task):
-            board.failed |= _run(task, engine, retries, timeout_s)
+            board.failed |= _run(task, engine, retries)
 
-    with engine, board, ThreadPoolExecutor(engine.slots) as pool:
-        list(pool.map(one, tasks))
+    with engine, board:
+        pool = ThreadPoolExecutor(engine.slots)
+        try:
+            attempts = [pool.submit(one, task) for task in tasks]
+            while wait(attempts, timeout=0.5).not_done:
+                pass
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            engine.stop()
+            raise Interrupted("Stopped. What has finished is kept; the same command takes up the rest.") from None
+        finally:
+            pool.shutdown()
+        for attempt in attempts:
+            attempt.result()
     return board.failed
 
 
-def _run(task: Task, engine: Engine, retries: int, timeout_s: float | None) -> dict[str, str]:
+def _run(task: Task, engine: Engine, retries: int) -> dict[str, str]:
     """{} once an attempt ends well, else {name: the last attempt's message}."""
     lab = [sys.executable, "-m", "lab.cli", "--quiet", "run", task.paper, "--recipe", task.recipe]
     chosen = [part for name, value in task.overrides.items() for part in ("-p", f"{name}={value}")]
     message = ""
     for _ in range(retries + 1):
-        message = engine.attempt([*lab, "--run", str(task.folder), "--resume", "--json", *chosen], timeout_s)
+        message = engine.attempt([*lab, "--run", str(task.folder), "--resume", "--json", *chosen])
         if not message:
             return {}
     return {task.name: message}
 
 
 class Board:
-    """The line above a pool: how many are done, what each running one does, and the time left. A context manager."""
+    """What a pool is doing: how many runs are done, the time left, and a table of those under way. A context manager."""
 
     def __init__(self, title: str, tasks: list[Task], slots: int, show: Display | None = None) -> None:
         self.title, self.tasks, self.slots = title, tasks, slots
@@ -100,28 +112,49 @@ class Board:
                     self.display.draw(self.text())
 
     def text(self) -> str:
-        """The line now."""
-        doing = [_doing(task) for task in self.tasks if task.name in list(self._active)]
-        return " · ".join([self._count() + self._left_text(), *doing])
+        """The count and the table now."""
+        active = [self._row(task) for task in self.tasks if task.name in list(self._active)]
+        return self._count() + self._left_text() + ("\n" + table_text(active) if active else "")
+
+    def _row(self, task: Task) -> Row:
+        live = _live(task)
+        memory = f"{live['memory_mib'] / 1024:.1f} GiB" if "memory_mib" in live else ""
+        doing = {name: live.get(name, "") for name in ("step", "cell", "loop")}
+        left = self._left_of(task, self._expected()[task.name])
+        if left is None and live.get("share"):
+            left = (time.monotonic() - self._active[task.name]) * (1 / live["share"] - 1)
+        return {
+            "run": task.name,
+            **(doing if live else {**doing, "step": "starting"}),
+            "left": "" if left is None else clock(left),
+            "device": live.get("device", ""),
+            "memory": memory,
+            "metric": live.get("metric", ""),
+        }
 
     def _count(self) -> str:
-        return f"{self.title} {len(self._took)}/{len(self.tasks)}"
+        failed = f" · {len(self.failed)} failed" if self.failed else ""
+        return f"{self.title} {len(self._took)}/{len(self.tasks)}{failed}"
 
     def _left_text(self) -> str:
         left = self.seconds_left()
         return "" if left is None else f" · about {clock(left)} left"
 
     def seconds_left(self) -> float | None:
-        """From the expected times, corrected by how the ended runs compare with theirs; without any, from the mean so far."""
-        expected = {task.name: task.seconds for task in self.tasks if task.seconds}
-        known = [name for name in self._took if name in expected]
-        ratio = sum(self._took[name] for name in known) / sum(expected[name] for name in known) if known else 1.0
-        mean = sum(self._took.values()) / len(self._took) if self._took else None
-        wholes = {task: expected[task.name] * ratio if task.name in expected else mean for task in self.tasks}
-        guesses = [self._left_of(task, whole) for task, whole in wholes.items() if task.name not in self._took]
+        """Of the whole pool, where the runs to come can be guessed."""
+        wholes = self._expected()
+        guesses = [self._left_of(task, wholes[task.name]) for task in self.tasks if task.name not in self._took]
         if any(guess is None for guess in guesses):
             return None
         return sum(guesses) / self.slots  # type: ignore[arg-type]
+
+    def _expected(self) -> dict[str, float | None]:
+        """How long each run should take: as known beforehand, corrected by how the ended ones compare; else as long as those on average."""
+        known = {task.name: task.seconds for task in self.tasks if task.seconds}
+        ended = [name for name in self._took if name in known]
+        ratio = sum(self._took[name] for name in ended) / sum(known[name] for name in ended) if ended else 1.0
+        mean = sum(self._took.values()) / len(self._took) if self._took else None
+        return {task.name: known[task.name] * ratio if task.name in known else mean for task in self.tasks}
 
     def _left_of(self, task: Task, whole: float | None) -> float | None:
         """Of a run that should take `whole` seconds: what is left by the clock, by its own account, or at its speed once it is overdue."""
@@ -138,7 +171,3 @@ def _live(task: Task) -> dict[str, Any]:
         return read_json(task.folder / LIVE)
     except RunError:
         return {}
-
-
-def _doing(task: Task) -> str:
-    return f"{task.name}: {_live(task).get('text', 'starting')}"

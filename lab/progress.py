@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lab import provenance
 from lab.files import sketch_json
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,10 @@ class Progress:
     def _report(self) -> None:
         if path := os.environ.get("LAB_PROGRESS"):
             state = {"label": self.label, "done": self.done, "total": self.total, "left_s": self.seconds_left, "note": self.note}
-            sketch_json(Path(path), state)
+            memory = provenance.peak_memory_mib()
+            device = " ".join(filter(None, [provenance.device_name(), os.environ.get("CUDA_VISIBLE_DEVICES")]))
+            here = {"device": device, "memory_mib": memory.get("device", memory["host"])}
+            sketch_json(Path(path), {**state, **here})
 
 
 def clock(seconds: float) -> str:
@@ -120,19 +124,25 @@ class Display:
 
 
 class Terminal(Display):
-    """One line of a terminal, overwritten in place."""
+    """Lines of a terminal, overwritten in place."""
 
     def __init__(self) -> None:
         super().__init__(0.2)
+        self._above = 0  # lines drawn before the cursor's
 
     def draw(self, text: str, force: bool = True) -> None:
         self._last = time.monotonic()
-        sys.stderr.write("\r\x1b[2K" + text[: _width() - 1])
+        width, height = _size()
+        lines = [line[: width - 1] for line in text.splitlines()[: height - 1]]
+        up = f"\x1b[{self._above}A" if self._above else ""
+        sys.stderr.write(f"\r{up}\x1b[J" + "\n".join(lines))
         sys.stderr.flush()
+        self._above = len(lines) - 1
 
     def end(self, text: str) -> None:
         self.draw(text)
         sys.stderr.write("\n")
+        self._above = 0
 
 
 class Notebook(Display):
@@ -157,10 +167,10 @@ class Notebook(Display):
         self._handle = None
 
 
-def _width() -> int:
+def _size() -> tuple[int, int]:
     with contextlib.suppress(OSError):
-        return os.get_terminal_size(sys.stderr.fileno()).columns
-    return 100
+        return tuple(os.get_terminal_size(sys.stderr.fileno()))
+    return 100, 24
 
 
 def display() -> Display:

@@ -1,7 +1,8 @@
-"""One recipe over a grid of parameters, and the demo over papers: pools of runs with a table, intervals over seeds, at the end."""
+"""Recipes over grids and lists of parameters, and the demo over papers: pools of runs with a table and figures, intervals over seeds."""
 
 import itertools
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,23 @@ import yaml
 from lab import papers, provenance, report
 from lab.engines import Engine, Local
 from lab.errors import SettingsError
-from lab.files import make_folder, write_json
-from lab.pipeline import REPORT
+from lab.files import digest, make_folder, write_json, writing
+from lab.pipeline import REPORT, is_finished
 from lab.pool import Task, run_tasks
 from lab.progress import Display
 from lab.records import results_of
-from lab.tables import rows_of, table_text
+from lab.tables import Row, columns, rows_of, table_html, table_text
 
 SEEDS = (0, 1, 2, 3, 4)  # where neither the command nor the paper names a grid
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep: a paper's recipe with other values, as texts."""
+
+    paper: str
+    recipe: str
+    values: dict[str, str]
 
 
 @dataclass
@@ -28,18 +38,27 @@ class SweepResult:
     folder: Path
     runs: dict[str, Path]
     failed: dict[str, str] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    figures: list[Path] = field(default_factory=list)
+    skipped: int = 0  # runs that were finished already
 
     def as_json(self) -> dict[str, Any]:
-        runs = {name: str(path) for name, path in self.runs.items()}
-        return {"folder": str(self.folder), "runs": runs, "failed": self.failed, "table": self.rows}
+        places = {"runs": {name: str(path) for name, path in self.runs.items()}, "figures": [str(path) for path in self.figures]}
+        return {"folder": str(self.folder), **places, "failed": self.failed, "skipped": self.skipped, "table": self.rows}
 
     def text(self) -> str:
         """The table, then what failed and why."""
-        lines = [table_text(self.rows), f"\n{len(self.runs) - len(self.failed)} of {len(self.runs)} runs done in {self.folder}"]
+        earlier = f" ({self.skipped} of them earlier)" if self.skipped else ""
+        lines = [table_text(self.rows), f"\n{len(self.runs) - len(self.failed)} of {len(self.runs)} runs done{earlier} in {self.folder}"]
         lines += [f"failed: {name}: {message}" for name, message in self.failed.items()]
+        lines += [f"figure: {path}" for path in self.figures]
         lines += [f"report: {path}"] if (path := self.folder / REPORT).exists() else []
         return "\n".join(lines)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        """The table and the figures, for a notebook."""
+        pictures = "".join(f"<figure>{path.read_text()[path.read_text().index('<svg') :]}</figure>" for path in self.figures)
+        return {"text/html": table_html(self.rows) + pictures, "text/plain": self.text()}
 
 
 def run_sweep(
@@ -49,26 +68,106 @@ def run_sweep(
     engine: Engine | None = None,
     folder: Path | None = None,
     retries: int = 0,
-    timeout_s: float | None = None,
     show: Display | None = None,
+    listed: list[dict[str, Any]] | None = None,
 ) -> SweepResult:
-    """Runs every point of the grid and keeps going when one fails; finished points are skipped, broken ones taken up.
+    """Runs every point (see `points_of`) and keeps going when one fails; finished points are skipped, broken ones taken up.
 
-    values: {parameter: texts separated by commas}, over the grid of the paper's sweeps.yaml, else five seeds. engine: Local() unless
-    given. retries, timeout_s: see `run_tasks`. Everything is checked before the first run starts: SettingsError.
+    engine: Local() unless given. folder: default `sweep_folder`. retries: see `run_tasks`. Everything is checked before the first run
+    starts: SettingsError.
     """
-    grid = _grid(paper, recipe, values or {})
-    points = [dict(zip(grid, combination, strict=True)) for combination in itertools.product(*grid.values())]
-    for point in points:
-        papers.plan(paper, recipe, point)
+    points = points_of(paper, recipe, values or {}, listed)
+    plans = [papers.plan(point.paper, point.recipe, point.values) for point in points]
     folder = make_folder((folder or sweep_folder(paper, recipe)).resolve())
-    tasks = [Task(point_name(point), paper, recipe, point, folder / point_name(point)) for point in points]
-    failed = run_tasks(f"{paper} {recipe}", tasks, engine or Local(), retries, timeout_s, show)
-    rows = rows_of((task.overrides, _result(task)) for task in tasks if task.name not in failed)
-    result = SweepResult(folder, {task.name: task.folder for task in tasks}, failed, rows)
+    tasks = _tasks(points, folder)
+    result = _run(f"{paper} {recipe}", tasks, plans, engine or Local(), folder, retries, show)
+    result.figures = _figures(result.rows, folder / "figures")
     write_json(folder / "sweep.json", result.as_json())
-    report.write([path for name, path in result.runs.items() if name not in failed], folder / REPORT)
+    report.write([path for name, path in result.runs.items() if name not in result.failed], folder / REPORT)
     return result
+
+
+def _run(
+    title: str, tasks: list[Task], plans: list[list[papers.Planned]], engine: Engine, folder: Path, retries: int, show: Display | None
+) -> SweepResult:
+    fresh = [task for task, plan in zip(tasks, plans, strict=True) if not is_finished(task.folder, plan)]
+    failed = run_tasks(title, fresh, engine, retries, show) if fresh else {}
+    done = [task for task in tasks if task.name not in failed]
+    rows = rows_of((task.about, papers.result_of(task.paper, results_of(task.folder))) for task in done)
+    return SweepResult(folder, {task.name: task.folder for task in tasks}, failed, rows, skipped=len(tasks) - len(fresh))
+
+
+def points_of(paper: str, recipe: str, values: dict[str, str], listed: list[dict[str, Any]] | None = None) -> list[Point]:
+    """The runs of a sweep: for every paper and recipe (names separated by commas), every combination of `values` (texts, likewise).
+
+    Without values: the grid of the paper's sweeps.yaml, else five seeds. listed: points given one by one, {parameter: value}, each of
+    which may name its own `paper` and `recipe`; the combinations of `values` are run for each of them. SettingsError for an empty one.
+    """
+    found: dict[str, Point] = {}
+    for key, name, line in itertools.product(_names(paper), _names(recipe), [{}] if listed is None else listed):
+        key, name = line.get("paper", key), line.get("recipe", name)
+        fixed = {parameter: _text(value) for parameter, value in line.items() if parameter not in ("paper", "recipe")}
+        grid = _grid(key, name, values, planned=listed is None)
+        for combination in itertools.product(*grid.values()):
+            point = Point(key, name, {**fixed, **dict(zip(grid, combination, strict=True))})
+            found[digest(vars(point))] = point
+    if not found:
+        raise SettingsError("The list of points is empty.")
+    return list(found.values())
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise SettingsError("Name at least one paper and one recipe.")
+    return list(dict.fromkeys(names))
+
+
+def _tasks(points: list[Point], folder: Path) -> list[Task]:
+    """Each point with its folder, named after what tells it from the others."""
+    shown = [name for name in ("paper", "recipe") if len({getattr(point, name) for point in points}) > 1]
+    abouts = [{**{name: getattr(point, name) for name in shown}, **point.values} for point in points]
+    return [
+        Task(point_name(about), point.paper, point.recipe, point.values, folder / point_name(about), about=about)
+        for about, point in zip(abouts, points, strict=True)
+    ]
+
+
+def read_points(path: Path) -> list[dict[str, Any]]:
+    """A list of points from a YAML file; SettingsError if it holds anything else."""
+    lines = papers.load_yaml(path)
+    if not isinstance(lines, list) or not all(isinstance(line, dict) and all(isinstance(name, str) for name in line) for line in lines):
+        raise SettingsError(f"{path}: must hold a list of points, as in `- {{seed: 0, lr: 1.0e-4}}`.")
+    return lines
+
+
+def _figures(rows: list[Row], folder: Path) -> list[Path]:
+    """A figure for each measure of the result, the first six: a dot a row, with its interval."""
+    import pandas as pd
+
+    from lab import figures
+
+    measures = [name for name in columns(rows) if not name.endswith("_s") and any(isinstance(row.get(name), dict) for row in rows)]
+    drawn = []
+    for measure in measures[:6]:
+        table = pd.DataFrame(
+            {"method": _row_name(row), **row[measure]} for row in rows if isinstance(row.get(measure), dict) and _finite(row[measure])
+        )
+        if len(table):
+            picture = figures.method_comparison(table, xlabel=measure.replace("_", " "), share=False)
+            with writing(folder):
+                figures.save(picture, table, folder, measure.replace("/", "_"))
+            drawn.append(folder / f"{measure.replace('/', '_')}.svg")
+    return drawn
+
+
+def _finite(cell: dict[str, Any]) -> bool:
+    return cell["mean"] is not None and math.isfinite(cell["mean"])
+
+
+def _row_name(row: Row) -> str:
+    texts = {name: value for name, value in row.items() if isinstance(value, str) and value}
+    return " ".join(value if name in ("paper", "recipe", "step", "arm") else f"{name}={value}" for name, value in texts.items())
 
 
 def run_demo(jobs: int, show: Display | None = None) -> SweepResult:
@@ -80,37 +179,31 @@ def run_demo(jobs: int, show: Display | None = None) -> SweepResult:
     wanted = papers.read_yaml(path)
     if not wanted:
         raise SettingsError(f"{path} lists no paper.")
-    for paper, about in wanted.items():
-        papers.plan(paper, about["recipe"])
+    plans = [papers.plan(paper, about["recipe"]) for paper, about in wanted.items()]
     tasks = [_demo_task(key, about) for key, about in wanted.items()]
-    failed = run_tasks("demo", tasks, Local(jobs), show=show)
-    rows = rows_of(({"paper": task.paper}, _result(task)) for task in tasks if task.name not in failed)
-    return SweepResult(provenance.outputs(), {task.name: task.folder for task in tasks}, failed, rows)
+    return _run("demo", tasks, plans, Local(jobs), provenance.outputs(), 0, show)
 
 
 def _demo_task(paper: str, about: dict[str, Any]) -> Task:
     recipe = about["recipe"]
-    return Task(paper, paper, recipe, {}, provenance.outputs() / paper / f"demo-{recipe}", about.get("seconds"))
-
-
-def _result(task: Task) -> dict[str, Any]:
-    return papers.result_of(task.paper, results_of(task.folder))
+    return Task(paper, paper, recipe, {}, provenance.outputs() / paper / f"demo-{recipe}", about.get("seconds"), {"paper": paper})
 
 
 def sweep_folder(paper: str, recipe: str) -> Path:
     """Where a sweep lies unless told otherwise."""
-    return provenance.outputs() / paper / f"sweep-{recipe}"
+    return provenance.outputs() / paper.replace(",", "+") / f"sweep-{recipe.replace(',', '+')}"
 
 
 def point_name(point: dict[str, str]) -> str:
-    """A folder name for a point of the grid, as in `lr=0.1,seed=0`."""
-    return ",".join(f"{name}={value}" for name, value in sorted(point.items())).replace("/", "_") or "only"
+    """A folder name for a point of the grid, as in `lr=0.1,seed=0`; a long one ends in a digest."""
+    name = ",".join(f"{name}={value}" for name, value in sorted(point.items())).replace("/", "_") or "only"
+    return name if len(name.encode()) <= 150 else f"{name[:30]}…{digest(point)}"
 
 
-def _grid(paper: str, recipe: str, values: dict[str, str]) -> dict[str, list[str]]:
-    """{parameter: value texts}."""
-    planned = papers.sweeps(paper).get(recipe, {"seed": list(SEEDS)})
-    grid = {name: [_text(value) for value in choices] for name, choices in planned.items()}
+def _grid(paper: str, recipe: str, values: dict[str, str], planned: bool = True) -> dict[str, list[str]]:
+    """{parameter: value texts}: `values` over what the paper has planned for this recipe."""
+    own = papers.sweeps(paper).get(recipe, {"seed": list(SEEDS)}) if planned else {}
+    grid = {name: [_text(value) for value in choices] for name, choices in own.items()}
     return {**grid, **{name: _choices(name, text) for name, text in values.items()}}
 
 

@@ -184,7 +184,7 @@ def test_two_commands_on_one_folder(bench, tmp_path):
         wait_for(folder / ".draw.partial" / "numbers.txt", first)
         second = start(folder, "--resume")
         _, error = second.communicate(timeout=180)
-        assert second.returncode == 2 and "is in use" in error and f"process {first.pid}" in error
+        assert second.returncode == 3 and "is in use" in error and f"process {first.pid}" in error
         error = stopped(first)
         assert first.returncode == 130 and "Stopped. Everything so far is kept; go on with: lab run mini" in error
     finally:

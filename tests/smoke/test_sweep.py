@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from lab import pool, sweep
-from lab.engines import Cluster, Local
+from lab.engines import Local, Needs, Slurm
 from lab.errors import DeviceError, SettingsError
 from lab.records import StepRecord, results_of
 
@@ -35,7 +35,7 @@ class Scripted(Local):
         super().__init__()
         self.outcomes, self.commands = iter(outcomes), []
 
-    def attempt(self, command, timeout_s):
+    def attempt(self, command):
         self.commands.append(command)
         return next(self.outcomes)
 
@@ -51,7 +51,7 @@ def test_a_failed_run_is_taken_up_again_as_often_as_asked(tmp_path):
 def test_runs_become_jobs_of_a_cluster(bench):
     pytest.importorskip("submitit", reason="the slurm extra is not installed: pip install -e '.[slurm]'")
     out = sweep.sweep_folder("mini", "toy-claims")
-    engine = Cluster(out / ".jobs", 2, {"timeout_min": 5}, cluster="local")
+    engine = Slurm(out / ".jobs", 2, Needs(minutes=5), cluster="local")
     result = sweep.run_sweep("mini", "toy-claims", {"seed": "0", "fail": "false,true"}, engine, out)
     assert list(result.failed) == ["fail=true,seed=0"] and "asked to fail" in result.failed["fail=true,seed=0"]
     assert set(results_of(result.runs["fail=false,seed=0"])) == {"draw", "double"}
@@ -60,10 +60,10 @@ def test_runs_become_jobs_of_a_cluster(bench):
 def test_a_cluster_that_is_not_there_or_an_option_it_does_not_know(tmp_path):
     pytest.importorskip("submitit", reason="the slurm extra is not installed: pip install -e '.[slurm]'")
     with pytest.raises(SettingsError, match="--option: "):
-        Cluster(tmp_path, 1, {"gpus": 3}, cluster="local")
+        Slurm(tmp_path, 1, options={"gpus": 3}, cluster="local")
     if not shutil.which("srun"):
         with pytest.raises(DeviceError, match="No slurm cluster can be reached"):
-            Cluster(tmp_path, 1, {})
+            Slurm(tmp_path, 1)
 
 
 def test_the_time_left_follows_the_expected_times(tmp_path, monkeypatch):
@@ -79,7 +79,7 @@ def test_the_time_left_follows_the_expected_times(tmp_path, monkeypatch):
 
 def test_a_run_that_hangs_is_stopped_and_taken_up(bench):
     slow = {"seed": "0", "pause_s": "30"}
-    result = sweep.run_sweep("mini", "toy-claims", slow, timeout_s=8)
+    result = sweep.run_sweep("mini", "toy-claims", slow, Local(needs=Needs(minutes=8 / 60)))
     (name,) = result.runs
     assert result.failed == {name: "stopped after 8 s"} and "failed: " in result.text()
 

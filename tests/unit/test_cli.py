@@ -37,7 +37,6 @@ def call(monkeypatch, capsys, *arguments):
         (["run", "mini", "--resume"], "There is no run of mini yet"),
         (["sweep", "mini", "--recipe", "toy", "-p", "seed=a,b"], "seed = 'a'"),
         (["sweep", "mini", "--recipe", "toy", "-p", "seed="], "no value to go through"),
-        (["sweep", "mini", "--recipe", "toy", "--devices", "7"], "CUDA device 7 was asked for"),
         (["report", "nowhere"], "is not a run folder"),
         (["verify", "nowhere"], "is not a run folder"),
         (["rerun", "nowhere"], "is not a run folder"),

@@ -1,0 +1,61 @@
+"""What the shell offers while a `lab` command is typed (`lab --install-completion`): papers, recipes, steps, parameters, runs.
+
+Nothing heavy is imported, and what cannot be read completes to nothing.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from lab.errors import LabError
+
+
+def papers(incomplete: str) -> list[str]:
+    """Keys of papers."""
+    from lab import papers as shelf
+
+    return _starting(incomplete, shelf.papers)
+
+
+def recipes(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Recipes of the paper named earlier on the line."""
+    from lab import papers as shelf
+
+    return _starting(incomplete, lambda: shelf.recipes(ctx.params["paper"]))
+
+
+def steps(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Its steps."""
+    from lab import papers as shelf
+
+    return _starting(incomplete, lambda: [spec.step for spec in shelf.pipeline(ctx.params["paper"]).steps])
+
+
+def parameters(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Its parameters, as in `seed=`."""
+    from lab import papers as shelf
+
+    return _starting(incomplete, lambda: [f"{name}=" for name in shelf.pipeline(ctx.params["paper"]).parameters()])
+
+
+def runs(incomplete: str) -> list[str]:
+    """Run folders, newest first, as seen from here."""
+    from lab import provenance
+
+    found = sorted(provenance.outputs().glob("*/*/manifest.json"), key=lambda path: -path.stat().st_mtime)
+    absolute = os.path.isabs(incomplete)
+    return _starting(incomplete, lambda: [str(path.parent) if absolute else os.path.relpath(path.parent) for path in found])
+
+
+def engines(incomplete: str) -> list[str]:
+    """Names of engines."""
+    return _starting(incomplete, lambda: ["local", "slurm", "ray"])
+
+
+def _starting(incomplete: str, names: Callable[[], Any]) -> list[str]:
+    try:
+        return [name for name in names() if name.startswith(incomplete)]
+    except LabError:
+        return []
