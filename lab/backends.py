@@ -26,9 +26,10 @@ class Latent:
         self.facts = {"backend": model.method, "model": model.source, "settings": model.settings, "options": options}
 
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> Answered:
-        """Outputs, a batch at a time; a question of which one sample is wanted is answered up to that sample."""
+        """Outputs, a batch at a time; the questions of a batch are answered from the first to the last sample wanted of any."""
         for group in runs(requests, decoding.batch):
-            began, samples = time.monotonic(), max(request.sample for request in group) + 1
+            began, wanted = time.monotonic(), [request.sample for request in group]
+            skip, samples = min(wanted), max(wanted) + 1 - min(wanted)
             questions = {request.number: request.example for request in group}
             first = min(questions)
             result = self.model.generate(
@@ -38,6 +39,7 @@ class Latent:
                 max_new_tokens=decoding.max_new_tokens,
                 seed=decoding.seed,
                 first=first,
+                skip=skip,
                 batch=decoding.batch,
                 **self.options,
             )

@@ -76,7 +76,8 @@ def _solution(record: Mapping[str, Any], found: Parts) -> None:
     if isinstance(answer, str) and "####" in answer:
         body, _, final = answer.rpartition("####")
         found["answer"] = final.strip()
-        found["steps"] = found["steps"] or [line for line in body.strip().split("\n") if line]
+        blocks = re.split(r"\n\s*\n", body.strip()) if "\n\n" in body.strip() else body.strip().split("\n")
+        found["steps"] = found["steps"] or [line for line in blocks if line]
     elif isinstance(text, str):
         found["steps"] = found["steps"] or text.split("\n\n")
         if answer is None:

@@ -148,7 +148,8 @@ class Ask:
     """How to answer.
 
     Attributes:
-        samples: answers a question. first: number of the first question (draws are keyed by seed, question and sample).
+        samples: answers a question. first, skip: number of the first question and of its first sample (draws are keyed by seed,
+            question and sample).
         batch: most rows at a time. top: candidates to keep of each thought (0 = none). vectors: keep the thoughts themselves.
         channels: notes of the policy to keep per thought. dropout: a Monte Carlo dropout regime.
         wrap: from the method's policy to the one that runs (noise on its thoughts).
@@ -160,6 +161,7 @@ class Ask:
     budget: Budget = Budget()
     seed: int = 0
     first: int = 0
+    skip: int = 0
     batch: int = 64
     top: int = 0
     vectors: bool = False
@@ -212,7 +214,7 @@ def groups(lengths: Sequence[int], size: int) -> list[list[int]]:
 def _run(decoder, policy: Policy, prompt: Prompt, group: list[int], ask: Ask) -> tuple[Rollout, Candidates | None]:
     device = decoder.table.weight.device
     number = torch.tensor([ask.first + i for i in group for _ in range(ask.samples)], device=device)
-    sample = torch.arange(ask.samples, device=device).repeat(len(group))
+    sample = torch.arange(ask.skip, ask.skip + ask.samples, device=device).repeat(len(group))
     draws, edit = Keyed.of(ask.seed, number, sample), None if ask.edit is None else Editing(ask.edit, number, sample)
     keep = ("thoughts", "logprob", *ask.channels, *(("state",) if ask.top else ()))
     policy = policy if ask.wrap is None else ask.wrap(policy)
@@ -233,7 +235,7 @@ def _responses(
         yield (
             Response(
                 question=ask.first + number,
-                sample=place % ask.samples,
+                sample=ask.skip + place % ask.samples,
                 prompt=list(prompts[number]),
                 ids=ids,
                 logprobs=logprobs[place][: len(ids)],

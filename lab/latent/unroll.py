@@ -22,6 +22,10 @@ class Block:
     def mask(self) -> Tensor:
         return torch.ones(self.x.shape[:2], dtype=torch.bool, device=self.x.device) if self.valid is None else self.valid
 
+    def select(self, rows: Tensor) -> "Block":
+        """The given rows (repeats allowed)."""
+        return Block(self.x[rows], None if self.valid is None else self.valid[rows])
+
 
 @dataclass
 class Unrolled:

@@ -36,9 +36,11 @@ class LatentModel(nn.Module):
         backbone: the causal language model. tokenizer: its tokenizer, or None.
         parts: the method's own weights. settings: the method's settings, as JSON holds them.
         source: where it was loaded from ("" if made here).
+        answers: names that `opened` takes.
     """
 
     method = "none"
+    answers: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -59,6 +61,9 @@ class LatentModel(nn.Module):
     ) -> Self:
         """A model of these settings with its parts in place but not yet loaded; methods with parts override it."""
         return cls(backbone, tokenizer, settings, source=source)
+
+    def opened(self, **answers: Any) -> None:
+        """Called when the model was read from our own format, with what the caller of `lab.load` said; methods may refuse."""
 
     @cached_property
     def decoder(self) -> Any:
@@ -127,8 +132,8 @@ class LatentModel(nn.Module):
         write_json(folder / MANIFEST, {"format": FORMAT, "method": self.method, "settings": self.settings, "backbone": backbone_name})
 
 
-def load_own(folder: Path, dtype: str = "auto") -> LatentModel:
-    """The model in a folder of our own format."""
+def load_own(folder: Path, dtype: str = "auto", **answers: Any) -> LatentModel:
+    """The model in a folder of our own format; `answers` as its class names them."""
     from lab.models.backbones import load_backbone
     from lab.models.loading import load_exact, read_state
 
@@ -139,6 +144,7 @@ def load_own(folder: Path, dtype: str = "auto") -> LatentModel:
     if not (folder / PARTS).is_file() and len(model.parts.state_dict()):
         raise CheckpointError(f"{str(folder)!r} has no {PARTS}, which a model of method {manifest['method']!r} needs.")
     load_exact(model.parts, read_state(folder / PARTS) if (folder / PARTS).is_file() else {}, what=f"{folder.name}/{PARTS}")
+    model.opened(**answers)
     return model.eval()
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from lab.errors import CheckpointError, SettingsError, unknown
 from lab.hub import local_only
 from lab.models.backbones import DTYPES, check_device, load_backbone
-from lab.models.latent_model import MANIFEST, LatentModel, load_own, read_manifest
+from lab.models.latent_model import MANIFEST, LatentModel, load_own, model_class, read_manifest
 from lab.models.loading import WEIGHT_FILES, read_json, tensor_shapes
 
 log = logging.getLogger(__name__)
@@ -195,9 +195,10 @@ def useful(names: Iterable[str]) -> list[str]:
 def _open(path: Path, method: str, answers: dict[str, Any]) -> LatentModel:
     if (path / MANIFEST).is_file():
         own = read_manifest(path)["method"]
-        if answers or method not in ("", own):
-            raise SettingsError(f"{str(path)!r} says everything itself (method {own!r}); leave out {', '.join(answers) or 'method'}.")
-        return load_own(path)
+        unwanted = [name for name in answers if name not in model_class(own).answers]
+        if unwanted or method not in ("", own):
+            raise SettingsError(f"{str(path)!r} says everything itself (method {own!r}); leave out {', '.join(unwanted) or 'method'}.")
+        return load_own(path, **answers)
     recogniser, layout = recognise(FolderFiles(path), method)
     return recogniser.load(path, layout, **answers)
 

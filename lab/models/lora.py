@@ -5,7 +5,7 @@ A row of a batch may read with the adapter and its neighbour without it, in the 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,19 +34,20 @@ class Adapter(nn.Module):
 
 
 class GatedLora(nn.Module):
-    """Adapters for all linears of all layers of a Llama-shaped backbone, zero at the start (B = 0).
+    """Adapters for linears of all layers of a Llama-shaped backbone, zero at the start (B = 0).
 
     Args:
         config: the backbone's configuration; gives the shapes.
         rank, alpha, dropout: as in peft; the scale is alpha / rank.
+        targets: the linears that get one, of q, k, v, o, gate, up and down.
     """
 
-    def __init__(self, config, rank: int, alpha: float, dropout: float = 0.0):
+    def __init__(self, config, rank: int, alpha: float, dropout: float = 0.0, targets: Sequence[str] = LINEARS):
         super().__init__()
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         shapes = linear_shapes(config)
         self.layers = nn.ModuleList(
-            nn.ModuleDict({name: Adapter(*shapes[name], rank, alpha / rank, dropout) for name in LINEARS})
+            nn.ModuleDict({name: Adapter(*shapes[name], rank, alpha / rank, dropout) for name in targets})
             for _ in range(config.num_hidden_layers)
         )
 

@@ -4,6 +4,7 @@ An answer is any hashable value; None is an output in which nothing was found. U
 other answer has one (`official=True` lets them take part, as the released scripts do). Ties go to the first seen.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from math import comb, isqrt
 
@@ -12,15 +13,25 @@ from lab.errors import SettingsError
 Answer = Hashable | None
 
 
-def vote(answers: Sequence[Answer], weights: Sequence[float] | None = None, official: bool = False) -> Answer:
-    """The answer with the most votes (or the largest summed weight); None only if no answer could be read."""
+def vote(answers: Sequence[Answer], weights: Sequence[float] | None = None, official: bool = False, once: bool = False) -> Answer:
+    """The answer with the most votes (or the largest summed weight); None only if no answer could be read, or `official`.
+
+    Args:
+        official: outputs in which nothing was found take part. once: they count as one together (LTA-Thinker's scripts, `lta.md` 2.13).
+    """
     _nonempty(answers)
     weights = [1.0] * len(answers) if weights is None else list(weights)
     readable = [(a, w) for a, w in zip(answers, weights, strict=True) if official or a is not None]
     totals: dict[Answer, float] = {}
     for answer, weight in readable:
-        totals[answer] = totals.get(answer, 0.0) + weight
+        totals[answer] = weight if once and answer is None else totals.get(answer, 0.0) + weight
     return max(totals, key=totals.__getitem__) if totals else None
+
+
+def settled(answers: Sequence[Answer], n: int) -> bool:
+    """Whether the vote over `n` answers is decided by these first ones, whatever the others will be."""
+    counts = sorted(Counter(answer for answer in answers if answer is not None).values(), reverse=True)
+    return bool(counts) and counts[0] - sum(counts[1:2]) > n - len(answers)
 
 
 def best(answers: Sequence[Answer], scores: Sequence[float]) -> int:

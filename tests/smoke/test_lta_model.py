@@ -1,20 +1,25 @@
 """The whole way of a thought: prompt, generator, training, answering, files; for every generator."""
 
+import json
+
 import pytest
 import torch
 from test_lta_prompting import TOKENIZERS
 
 import lab
 from lab.data.examples import Example
-from lab.errors import CheckpointError, SettingsError
+from lab.errors import CheckpointError, DataError, SettingsError
+from lab.latent.distill import plan_cross_entropy
+from lab.latent.prefix import read_with_thoughts
 from lab.latent.sampling import Sampling
 from lab.methods.lta import objective
 from lab.methods.lta.checkpoint import export_official
 from lab.methods.lta.config import LtaSettings
+from lab.methods.lta.losses import alignment, answer_vector, focus
 from lab.methods.lta.model import ThoughtModel
 from lab.methods.lta.objective import info_nce, loss
 from lab.methods.lta.policy import generate, make_all, prompted, to_batch
-from lab.methods.lta.prompting import build
+from lab.methods.lta.prompting import Pack, build, own_pack
 from lab.methods.softcot.model import SoftcotModel
 from lab.models.backbones import load_backbone
 
@@ -41,14 +46,17 @@ def batch(m, split="train", n=3):
     return to_batch(m, [build(example, n, tokenizer=m.tokenizer, **where) for example in EXAMPLES])
 
 
-@pytest.mark.parametrize("kind", ["block", "assistant", "static"])
-def test_only_the_generator_learns(kind):
-    m = model(kind).train()
+SFT = {"kl_loss_weight": 0.0, "contrastive_loss_weight": 0.0, "sft_loss_weight": 1.0}
+
+
+@pytest.mark.parametrize(("kind", "weights"), [("block", {}), ("assistant", {}), ("assistant", SFT), ("static", {})])
+def test_only_the_generator_learns(kind, weights):
+    m = model(kind, **weights).train()
     value, parts = loss(m, batch(m))
     value.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for name, p in m.parts.named_parameters() if "in_proj_bias" not in name)
     assert all(p.grad is None for p in m.backbone.parameters())
-    assert set(parts) == ({"sft", "con", "kl"} if kind == "block" else {"sft"})
+    assert set(parts) == ({"sft"} if weights or kind == "static" else {"sft", "con", "kl"})
 
 
 def test_hiding_the_solution_is_the_same_as_not_showing_it():
@@ -58,6 +66,35 @@ def test_hiding_the_solution_is_the_same_as_not_showing_it():
         train, test = batch(hidden), batch(hidden, "test")
         torch.testing.assert_close(hidden.make(train), hidden.make(test), atol=1e-5, rtol=1e-5)
         assert (shown.make(train) - shown.make(test)).abs().max() > 1e-3
+
+
+def test_hiding_the_solution_from_an_assistant_is_the_same_as_not_showing_it():
+    hidden = model("assistant", gold_steps="masked")
+    with torch.no_grad():
+        train, test = batch(hidden), batch(hidden, "test")
+        torch.testing.assert_close(hidden.make(train), hidden.make(test), atol=1e-5, rtol=1e-5)
+        shown = model("assistant", gold_steps="visible")
+        assert (shown.make(train) - shown.make(test)).abs().max() > 1e-3
+        assert shown.shape(train)[2].shape == (2, 2, 32), "the longer of the two has two steps"
+
+
+@pytest.mark.parametrize("where", ["turn_end", "step_mean"])
+def test_the_losses_of_the_assistant_mode_by_hand(where):
+    m = model("assistant", gold_steps="visible", focus_positions=where).train()
+    b = batch(m)
+    h = m.assistant(b.assistant, attention_mask=b.assistant_valid.long(), output_hidden_states=True).hidden_states[-1]
+    z, rows = m.parts.generator.projection(h), torch.arange(2)
+    steps = torch.zeros(2, b.step_spans.shape[1], 32)
+    for row, step in b.has_step.nonzero().tolist():
+        start, stop = b.step_spans[row, step].tolist()
+        steps[row, step] = z[row, stop] if where == "turn_end" else z[row, start:stop].mean(0)
+    answer = answer_vector(m.decoder.embed(b.answer), b.answer_valid)
+    want = {"con": focus(z[rows, b.question], steps, b.has_step, answer), "kl": alignment(z[rows, b.question], z[rows[:, None], b.slots])}
+    value, parts = loss(m, b)
+    for name, expected in want.items():
+        torch.testing.assert_close(parts[name], 0.33 * expected, atol=1e-5, rtol=1e-5)
+    value.backward()
+    assert m.parts.generator.projection.weight.grad.abs().max() > 0
 
 
 def test_the_repaired_focus_loss_has_a_gradient_and_the_published_one_has_none(caplog):
@@ -83,20 +120,120 @@ def test_a_batch_answers_as_its_rows_do(kind):
     assert [row.ids for row in together.rows] == [row.ids for one in alone for row in one.rows]
 
 
-def test_sets_of_thoughts_are_further_samples():
-    m = SoftcotModel.start(
-        base(),
-        TOKENIZERS["qwen3"],
-        LtaSettings.check(generator="assistant", num_thought_tokens=3, num_scaling_times=4, nce=True),
-        assistant=base(5, 24),
-    )
+def softcotpp():
+    settings = LtaSettings.check(generator="assistant", num_thought_tokens=3, num_scaling_times=4, nce=True, gold_steps="off")
+    torch.manual_seed(1)
+    m = SoftcotModel.start(base(), TOKENIZERS["qwen3"], settings, assistant=base(5, 24))
     m.use_assistant(m.assistant, start_ids=[40, 41, 42, 43])
-    made = make_all(m, [prompted(m, example) for example in EXAMPLES])
-    assert made.shape == (8, 3, 32) and (made[0] - made[1]).abs().max() > 1e-3
-    found = m.generate(EXAMPLES, samples=2, **GREEDY)
-    assert [(row.question, row.sample) for row in found.rows] == [(q, s) for q in range(2) for s in range(8)]
-    value, parts = loss(m.train(), batch(m))
-    assert set(parts) == {"sft", "nce"} and value.isfinite()
+    return m
+
+
+def test_sets_of_thoughts_are_those_of_whole_prompts_that_begin_with_their_vectors():
+    m, table = softcotpp(), base(5, 24).get_input_embeddings().weight
+    rows = batch(m, "test")
+    made = m.make(rows).view(2, 4, 3, 32)
+    for row in range(2):
+        for number, start in enumerate([40, 41, 42, 43]):
+            length = int(rows.assistant_valid[row].sum())
+            x = table[rows.assistant[row, :length]].clone()
+            x[rows.slots[row]] = table[start]
+            h = m.assistant(inputs_embeds=x[None], output_hidden_states=True).hidden_states[-1][0]
+            torch.testing.assert_close(made[row, number], m.parts.generator(h[rows.slots[row]]), atol=1e-5, rtol=1e-5)
+
+
+def test_the_loss_of_sets_is_the_sum_of_theirs_and_the_initial_vectors_stay():
+    m = softcotpp().train()
+    rows = batch(m)
+    value, parts = loss(m, rows)
+    made = m.make(rows).view(2, 4, 3, 32)
+    each = [plan_cross_entropy(m.decoder, rows.plan, read_with_thoughts(m.decoder, rows.plan, made[:, k])) for k in range(4)]
+    torch.testing.assert_close(parts["sft"], sum(each), atol=1e-5, rtol=1e-5)
+    value.backward()
+    assert set(parts) == {"sft", "nce"} and not m.parts.starts.requires_grad
+    assert m.parts.generator.projection.weight.grad.abs().max() > 0
+
+
+def test_sets_of_thoughts_take_turns_in_the_samples_of_a_question():
+    m = softcotpp().eval()
+    drawn = {"sampling": Sampling(temperature=1.0), "max_new_tokens": 5}
+    whole = m.generate(EXAMPLES, samples=8, **drawn)
+    assert [(row.question, row.sample) for row in whole.rows] == [(q, s) for q in range(2) for s in range(8)]
+    few, rest = m.generate(EXAMPLES, samples=5, **drawn), m.generate(EXAMPLES, samples=3, skip=5, **drawn)
+    by_place = {(row.question, row.sample): row.ids for row in (*few.rows, *rest.rows)}
+    assert by_place == {(row.question, row.sample): row.ids for row in whole.rows}
+    alone = m.generate(EXAMPLES[1:], samples=8, first=1, **drawn)
+    assert [row.ids for row in alone.rows] == [row.ids for row in whole.rows[8:]]
+    greedy = m.generate(EXAMPLES[:1], samples=8, **GREEDY)
+    assert [row.ids for row in greedy.rows[:4]] == [row.ids for row in greedy.rows[4:]], "sample s and s + 4 read one set"
+
+
+def test_adapters_on_base_and_assistant_start_as_nothing_learn_and_come_back(tmp_path):
+    plain = model("assistant", gold_steps="off")
+    tuned = model("assistant", gold_steps="off", tune_base_model=True, tune_assistant_model=True)
+    tuned.parts.generator.load_state_dict(plain.parts.generator.state_dict())
+    for m in (plain, tuned):
+        m.eval()
+    torch.testing.assert_close(loss(tuned, batch(tuned))[0], loss(plain, batch(plain))[0])
+    value, _ = loss(tuned.train(), batch(tuned))
+    value.backward()
+    learning = {name for name, p in tuned.named_parameters() if p.grad is not None}
+    assert all(name.startswith("parts.") for name in learning)
+    assert any("base_lora.layers.0.q.B" in name for name in learning) and any("assistant_lora.layers.1.v.B" in name for name in learning)
+    with torch.no_grad():
+        for name, p in tuned.parts.named_parameters():
+            p += 0.1 * torch.randn_like(p) if name.endswith(".B") else 0.0
+    want = [row.ids for row in tuned.eval().generate(EXAMPLES, **GREEDY).rows]
+    again = lab.load(tuned.save(tmp_path / "tuned"))
+    again.use_assistant(base(5, 24))
+    assert [row.ids for row in again.generate(EXAMPLES, **GREEDY).rows] == want
+    assert want != [row.ids for row in plain.generate(EXAMPLES, **GREEDY).rows]
+    with pytest.raises(SettingsError, match="save.. keeps every other kind"):
+        export_official(tuned, tmp_path / "official")
+    with pytest.raises(SettingsError, match="needs generator: assistant"):
+        model("block", tune_assistant_model=True)
+
+
+def test_published_weights_of_a_tuned_base_are_added_to_it(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    m = model("block").eval()
+    export_official(m, tmp_path / "official")
+    wrapped = get_peft_model(base(), LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    torch.save(wrapped.state_dict(), tmp_path / "official" / "base_model.bin")
+    again = lab.load(tmp_path / "official", backbone=base(), tokenizer=m.tokenizer, num_thought_tokens=3, family="qwen3")
+    ids = torch.arange(10, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again.backbone(ids).logits, wrapped(ids).logits, atol=1e-4, rtol=1e-4)
+        assert (again.backbone(ids).logits - base()(ids).logits).abs().max() > 1e-2
+
+
+def test_a_model_trained_with_other_words_is_refused_unless_it_is_wanted(tmp_path):
+    other = Pack({**own_pack().wordings, "*/*/*": {**own_pack().wordings["*/*/*"], "lead": "Here: {slots}"}})
+    torch.manual_seed(1)
+    settings = LtaSettings.check(num_thought_tokens=3, inner=48)
+    m = ThoughtModel.start(base(), TOKENIZERS["qwen3"], settings, pack=other)
+    folder, words = m.save(tmp_path / "model"), tmp_path / "words.json"
+    words.write_text(json.dumps(other.wordings))
+    with pytest.raises(CheckpointError, match=f"trained with prompt wording {other.hash}.*pack='any'"):
+        lab.load(folder)
+    want = [row.ids for row in m.eval().generate(EXAMPLES, **GREEDY).rows]
+    assert [row.ids for row in lab.load(folder, pack=str(words)).generate(EXAMPLES, **GREEDY).rows] == want
+    assert lab.load(folder, pack="any").pack.hash == own_pack().hash
+    with pytest.raises(SettingsError, match="says everything itself"):
+        lab.load(folder, backbone="toy:qwen3")
+    words.write_text('{"*/*/*": {"leed": "x"}}')
+    with pytest.raises(DataError, match="Unknown text of a prompt pack 'leed'. Did you mean 'lead'"):
+        lab.load(folder, pack=str(words))
+    with pytest.raises(DataError, match="cannot be read as a prompt pack"):
+        lab.load(folder, pack=str(tmp_path / "absent.json"))
+
+
+def test_thought_counts_that_make_no_sense_are_refused():
+    with pytest.raises(SettingsError, match="no thoughts for generator 'block'.*from 1 on"):
+        LtaSettings.check(num_thought_tokens=0)
+    with pytest.raises(SettingsError, match="train_thoughts holds 5; give numbers from 1 to num_thought_tokens = 3"):
+        LtaSettings.check(num_thought_tokens=3, train_thoughts=[1, 5])
+    assert LtaSettings.check(generator="none", num_thought_tokens=0).counts == [0]
 
 
 def test_info_nce_by_hand():

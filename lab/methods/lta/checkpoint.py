@@ -8,15 +8,18 @@ import torch
 from lab.errors import CheckpointError, SettingsError, unknown
 from lab.files import writing
 from lab.methods.lta.config import LtaSettings, family_of
-from lab.methods.lta.model import ThoughtModel
+from lab.methods.lta.model import LORA, ThoughtModel
 from lab.models.backbones import load_backbone
 from lab.models.layouts import FolderFiles, Layout
 from lab.models.loading import State, load_exact, read_state
+from lab.models.peft_state import merged
+from lab.models.shapes import BUFFERS
 from lab.models.tokenizers import load_tokenizer
 
 MODEL = ThoughtModel
 PROJECTION, BLOCK = "projection.bin", "TransformerBlock.bin"
-ANSWERS = ("backbone", "tokenizer", "assistant", "assistant_tokenizer", "num_thought_tokens", "task", "family", "eps", "gold_steps")
+ANSWERS = ("backbone", "tokenizer", "assistant", "assistant_tokenizer", "num_thought_tokens", "task", "family", "eps", "gold_steps", "pack")
+TUNED = {"base": "base_model.bin", "assistant": "assistant_model.bin"}  # beside the others where the published code tuned them
 
 
 class OfficialFiles:
@@ -32,7 +35,8 @@ class OfficialFiles:
     def load(self, folder: Path, layout: Layout, **answers: Any) -> ThoughtModel:
         """The model; `backbone=` (a name, folder or model) is always needed, `assistant=` where a small model makes the thoughts.
 
-        Further: `num_thought_tokens=` (32), `task=`, `family=` (from the backbone's name), `eps=`, `tokenizer=`, `assistant_tokenizer=`.
+        Further: `num_thought_tokens=` (32), `task=`, `family=` (from the backbone's name), `eps=`, `tokenizer=`, `assistant_tokenizer=`,
+        `pack=` (file of the prompt wording). Weights of a tuned base or assistant beside them take the place of the ones given.
         """
         for name in answers:
             if name not in ANSWERS:
@@ -48,12 +52,25 @@ class OfficialFiles:
         tokenizer = answers.get("tokenizer", name if isinstance(answers["backbone"], str) else None)
         model = self.kind.build(base, load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer, s.model_dump(mode="json"))
         assistant = answers.get("assistant")
-        model.use_assistant(load_backbone(assistant) if isinstance(assistant, str) else assistant, answers.get("assistant_tokenizer"))
+        assistant = load_backbone(assistant) if isinstance(assistant, str) else assistant
+        model.use_assistant(assistant, answers.get("assistant_tokenizer"))
+        for kind, given in (("base", base), ("assistant", assistant)):
+            if given is not None and (folder / TUNED[kind]).is_file():
+                _fill(given, folder / TUNED[kind])
+        model.opened(answers.get("pack", ""))
         load_exact(model.parts, official_names(projection, block), what=folder.name)
         return model.eval()
 
 
 RECOGNISERS = [OfficialFiles()]
+
+
+def _fill(model, path: Path) -> None:
+    """Puts the weights of a file that peft wrapped into `model`, low-rank pairs added."""
+    state = merged({key.replace(".default.", "."): value for key, value in read_state(path).items()}, LORA["alpha"])
+    if model.config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    load_exact(model, state, what=path.name, allow_unexpected=BUFFERS)
 
 
 def _settings(projection: State, block: State | None, base, answers: dict[str, Any], name: str) -> LtaSettings:
@@ -69,6 +86,7 @@ def _settings(projection: State, block: State | None, base, answers: dict[str, A
         family=answers.get("family") or family_of(name),
         inner=0 if block is None else block["linear1.weight"].shape[0],
         assistant_width=inner if block is None else 0,
+        **({} if block is not None else {"sft_loss_weight": 1.0, "contrastive_loss_weight": 0.0, "kl_loss_weight": 0.0}),
         num_scaling_times=sets,
         eos_id=base.config.eos_token_id if isinstance(base.config.eos_token_id, int) else -1,
         **known,
@@ -85,8 +103,8 @@ def official_names(projection: State, block: State | None) -> State:
 def export_official(model: ThoughtModel, folder: Path | str) -> Path:
     """`folder` with the published files; SettingsError for a control, which has no such files."""
     folder, state = Path(folder), {key: value.detach().cpu().clone() for key, value in model.parts.state_dict().items()}
-    if model.config.generator not in ("block", "assistant"):
-        raise SettingsError(f"A model with generator = {model.config.generator!r} has no published layout.")
+    if model.config.generator not in ("block", "assistant") or model.config.tune_base_model or model.config.tune_assistant_model:
+        raise SettingsError("Only a block or a projection for frozen models has this published layout; save() keeps every other kind.")
     projection = {key.removeprefix("generator.projection."): value for key, value in state.items() if ".projection." in key}
     block = {key.removeprefix("generator.block."): value for key, value in state.items() if ".block." in key}
     if "starts" in state:

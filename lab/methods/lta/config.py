@@ -66,6 +66,9 @@ class LtaSettings(Settings):
     eps: float = Field(1e-6, gt=0)
     assistant_id: str = ""  # the small model, where one is used
     assistant_width: int = Field(0, ge=0)
+    tune_base_model: bool = False  # adapters on the base's queries and values; the reported runs keep it frozen
+    tune_assistant_model: bool = False  # the same for the assistant
+    assistant_shape: dict[str, int] = {}  # of a tuned assistant, so that its adapters can be made before it is there
     num_scaling_times: int = Field(1, ge=1)  # SoftCoT++: sets of thoughts a question
     nce: bool = False  # SoftCoT++: draw the sets apart
     pack: str = ""  # hash of the prompt wording it was trained with
@@ -75,9 +78,17 @@ class LtaSettings(Settings):
     def _something_to_read(self) -> "LtaSettings":
         if self.num_thought_tokens == 0 and self.generator != "none":
             raise ValueError(f"no thoughts for generator {self.generator!r}; give num_thought_tokens from 1 on, or generator: none")
+        if self.tune_assistant_model and self.generator != "assistant":
+            raise ValueError(f"tune_assistant_model needs generator: assistant; {self.generator!r} has no small model")
         if bad := [n for n in self.train_thoughts if not 1 <= n <= self.num_thought_tokens]:
             raise ValueError(f"train_thoughts holds {bad[0]}; give numbers from 1 to num_thought_tokens = {self.num_thought_tokens}")
         return self
+
+    @property
+    def shaped(self) -> bool:
+        """Whether LTA's two losses shape what the generator makes (never the K sets of SoftCoT++)."""
+        weighed = bool(self.kl_loss_weight or self.contrastive_loss_weight)
+        return weighed and self.generator in ("block", "assistant") and self.num_scaling_times == 1
 
     @property
     def counts(self) -> list[int]:

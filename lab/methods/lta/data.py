@@ -23,7 +23,7 @@ class ThoughtBatch:
         plan: prefix | thoughts | after. assistant: (R, L) ids with `assistant_valid`; slots: (R, n) the thoughts' places in it.
         question: (R,) place of the question's turn end. step_spans: (R, S, 2) [start, stop), 0 0 = no step.
         answer: (R, t) ids with `answer_valid`. placeholders: (R, n) the base's ids in place of thoughts.
-        gold: (R, L) bool, columns a test prompt would not have. states: (R, n, d) cached states of a frozen assistant.
+        gold: (R, L) bool, columns a test prompt would not have. states: what `ThoughtModel.assistant_states` says of a frozen assistant.
     """
 
     plan: Plan
@@ -84,6 +84,20 @@ def batch_of(rows: Sequence[Prompted], pad: int = 0, placeholder: int = 0) -> Th
     question = torch.tensor([row.question for row in rows])
     plan, stand_ins = collate([row.row for row in rows], pad), torch.full((len(rows), n), placeholder)
     return ThoughtBatch(plan, assistant.ids, _mask(assistant), slots, question, spans, answer.ids, _mask(answer), stand_ins, gold)
+
+
+def step_places(batch: ThoughtBatch, where: str) -> tuple[Tensor, Tensor]:
+    """Columns (R, C) to ask for the steps, and how they make up each step (R, S, C): its turn end, or the mean over its tokens."""
+    steps = batch.step_spans.shape[1]
+    if where == "turn_end":
+        one = torch.eye(steps, device=batch.slots.device)
+        return batch.step_spans[..., 1], one.expand(len(batch), -1, -1)
+    columns = torch.arange(batch.assistant.shape[1], device=batch.slots.device)
+    inside = (columns >= batch.step_spans[..., :1]) & (columns < batch.step_spans[..., 1:])
+    used = inside.any(1)
+    places = (~used).to(torch.int8).argsort(dim=1, stable=True)[:, : max(1, int(used.sum(1).max()))]
+    member = inside.gather(2, places[:, None].expand(-1, steps, -1)).float()
+    return places, member / member.sum(-1, keepdim=True).clamp(min=1)
 
 
 def _mask(side: Side) -> Tensor:

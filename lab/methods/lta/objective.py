@@ -20,35 +20,37 @@ log = logging.getLogger(__name__)
 
 
 def loss(model: ThoughtModel, batch: ThoughtBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum and its parts: `sft`, with a block also `con` and `kl`, with several sets also `nce`."""
+    """The weighted sum and its parts: `sft`, where LTA's losses take part also `con` and `kl`, with several sets `nce`."""
     s = model.config
-    if s.generator == "block" and model.training and (s.kl_loss_weight or s.contrastive_loss_weight):
-        return _with_block(model, batch)
+    if s.shaped and model.training:
+        return _shaped(model, batch)
     thoughts = model.make(batch)
     sets = 1 if thoughts is None else len(thoughts) // len(batch)
-    plan = batch.plan if sets == 1 else repeated(batch.plan, sets)
-    parts = {"sft": plan_cross_entropy(model.decoder, plan, read_with_thoughts(model.decoder, plan, thoughts)) * sets}
+    parts = {"sft": _cross_entropy(model, batch.plan, thoughts, sets) * sets}
     if sets > 1 and s.nce and model.training:
         parts["nce"] = info_nce(thoughts.view(len(batch), sets, -1))
     return sum(parts.values()), parts
 
 
-def _with_block(model: ThoughtModel, batch: ThoughtBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """All three losses; the block is asked once, only at the thoughts, the question and the steps."""
-    s, n = model.config, batch.slots.shape[1]
-    places, share = step_places(batch, s.focus_positions)
-    made = model.look(batch, torch.cat((batch.slots, batch.question[:, None], places), 1))
-    thoughts, anchor, steps = made[:, :n], made[:, n], share @ made[:, n + 1 :]
+def _shaped(model: ThoughtModel, batch: ThoughtBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """All three losses; the generator is asked once, only at the thoughts, the question and the steps."""
+    s = model.config
+    thoughts, anchor, steps = model.shape(batch)
     if s.focus_positions == "turn_end":
         warn_if_dead(steps.detach(), batch.has_step)
     answer = answer_vector(model.decoder.embed(batch.answer), batch.answer_valid)
-    sft = plan_cross_entropy(model.decoder, batch.plan, read_with_thoughts(model.decoder, batch.plan, thoughts))
     parts = {
-        "sft": s.sft_loss_weight * sft,
+        "sft": s.sft_loss_weight * _cross_entropy(model, batch.plan, thoughts),
         "con": s.contrastive_loss_weight * focus(anchor, steps, batch.has_step, answer),
         "kl": s.kl_loss_weight * alignment(anchor, thoughts),
     }
     return sum(parts.values()), parts
+
+
+def _cross_entropy(model: ThoughtModel, plan: Plan, thoughts: Tensor | None, sets: int = 1) -> Tensor:
+    """Mean over the supervised tokens; `sets` rows of thoughts read each row of the plan."""
+    passes = read_with_thoughts(model.decoder, plan, thoughts, prefix_grad=model.config.tune_base_model)
+    return plan_cross_entropy(model.decoder, plan if sets == 1 else repeated(plan, sets), passes)
 
 
 loss.feeds_back = False
@@ -57,23 +59,9 @@ loss.feeds_back = False
 def counter(model: ThoughtModel) -> Callable[[ThoughtBatch], dict[str, int]]:
     """What each part of this model's loss is a mean over, as a function of the batch."""
     s = model.config
-    names = ("sft", "con", "kl") if s.generator == "block" and (s.kl_loss_weight or s.contrastive_loss_weight) else ("sft",)
+    names = ("sft", "con", "kl") if s.shaped else ("sft",)
     names += ("nce",) if s.num_scaling_times > 1 and s.nce else ()
     return lambda batch: {name: batch.labelled if name == "sft" else len(batch) for name in names}
-
-
-def step_places(batch: ThoughtBatch, where: str) -> tuple[Tensor, Tensor]:
-    """Columns (R, C) to ask for the steps, and how they make up each step (R, S, C): its turn end, or the mean over its tokens."""
-    steps = batch.step_spans.shape[1]
-    if where == "turn_end":
-        one = torch.eye(steps, device=batch.slots.device)
-        return batch.step_spans[..., 1], one.expand(len(batch), -1, -1)
-    columns = torch.arange(batch.assistant.shape[1], device=batch.slots.device)
-    inside = (columns >= batch.step_spans[..., :1]) & (columns < batch.step_spans[..., 1:])
-    used = inside.any(1)
-    places = (~used).to(torch.int8).argsort(dim=1, stable=True)[:, : max(1, int(used.sum(1).max()))]
-    member = inside.gather(2, places[:, None].expand(-1, steps, -1)).float()
-    return places, member / member.sum(-1, keepdim=True).clamp(min=1)
 
 
 def warn_if_dead(steps: Tensor, valid: Tensor) -> None:

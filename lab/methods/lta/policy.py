@@ -47,6 +47,7 @@ def generate(
         thoughts: how many, instead of what the model was trained with.
         sampling: None = the published settings of the model's family.
         leave_out: number of one thought to replace by the placeholder's embedding (leave-one-out).
+        ask: see `lab.latent.record.Ask`. With K sets of thoughts, sample s reads set s mod K, so K·R samples are R answers to each.
         vectors: (Q·K, n, D) thoughts to read instead of the model's own.
     """
     s, sets = model.config, model.config.num_scaling_times
@@ -58,7 +59,9 @@ def generate(
     prompts = [_numbered(row, number) for number, row in enumerate(row for row in asked for _ in range(sets))]
     stops = tuple({s.eos_id, *_turn_end(model)} - {-1})
     policy = Policy(model.decoder, stops, sampling or SAMPLING.get(s.family, OTHERS))
-    about = Ask(samples=samples, budget=Budget(answer=max_new_tokens), **ask)
+    first, skip = ask.pop("first", 0), ask.pop("skip", 0)
+    each, skipped = -(-(skip + samples) // sets) - skip // sets, skip // sets
+    about = Ask(samples=each, first=first * sets, skip=skipped, budget=Budget(answer=max_new_tokens), **ask)
 
     def prompt_of(decoder, group: list[_Ids]) -> Prompt:
         rows = [asked[ids.number // sets].row for ids in group]
@@ -66,7 +69,7 @@ def generate(
         return inject(decoder, [list(row.prompt) for row in rows], picked, [list(row.after) for row in rows])
 
     found = respond(model, prompts, lambda group: policy, about, prompt_of)
-    return found if sets == 1 else _regrouped(found, sets, samples)
+    return found if sets == 1 else _regrouped(found, sets, range(skip, skip + samples))
 
 
 def prompted(model: ThoughtModel, question: Any, thoughts: int | None = None) -> Prompted:
@@ -118,11 +121,8 @@ def without(model: ThoughtModel, made: Tensor, number: int) -> Tensor:
     return made
 
 
-def _regrouped(found: Responses, sets: int, samples: int) -> Responses:
-    """The sets of a question as further samples of it."""
-    first = min(row.question for row in found.rows)
-    rows = [
-        replace(row, question=first + (row.question - first) // sets, sample=(row.question - first) % sets * samples + row.sample)
-        for row in found.rows
-    ]
-    return replace(found, rows=rows)
+def _regrouped(found: Responses, sets: int, wanted: range) -> Responses:
+    """The sets of a question as further samples of it, those that are wanted."""
+    rows = [replace(row, question=row.question // sets, sample=row.sample * sets + row.question % sets) for row in found.rows]
+    kept = sorted((i for i, row in enumerate(rows) if row.sample in wanted), key=lambda i: (rows[i].question, rows[i].sample))
+    return replace(found, rows=[rows[i] for i in kept], vectors=[found.vectors[i] for i in kept] if found.vectors else [])

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from lab.data.examples import Example
@@ -39,7 +40,7 @@ class Pack:
 
     @property
     def hash(self) -> str:
-        """Twelve digits of the sha256 of the pack."""
+        """Twelve digits of the sha256 of the wordings."""
         return hashlib.sha256(json.dumps(self.wordings, sort_keys=True).encode()).hexdigest()[:12]
 
     def wording(self, family: str, task: str, split: str) -> Wording:
@@ -52,6 +53,19 @@ class Pack:
         if lost := [name for name in Wording.__dataclass_fields__ if name not in found]:
             raise SettingsError(f"The prompt pack has no {lost[0]!r} for {family}/{task}/{split}.")
         return Wording(**{name: found[name] for name in Wording.__dataclass_fields__})
+
+    @classmethod
+    def read(cls, path: str) -> "Pack":
+        """The pack in a JSON file {"family/task/split": {text: wording}}; DataError where it is none."""
+        try:
+            found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path!r} cannot be read as a prompt pack: {error}.") from None
+        if not isinstance(found, dict) or not all(isinstance(texts, dict) for texts in found.values()):
+            raise DataError(f'{path!r} is no prompt pack: write {{"family/task/split": {{…}}}} with texts as in lab/methods/lta/pack.json.')
+        if odd := [name for texts in found.values() for name in texts if name not in Wording.__dataclass_fields__]:
+            raise unknown("text of a prompt pack", odd[0], Wording.__dataclass_fields__, DataError)
+        return cls(found)
 
 
 @cache
@@ -85,12 +99,18 @@ def reasoning(example: Example, task: str) -> list[str]:
     """The gold reasoning as the base writes it, its last line the answer (`lta.md` 2.3)."""
     steps, answer = list(example.steps), example.extra.get("answer_raw", example.answer)
     if task == "strategyqa":
-        return steps
+        facts = example.extra.get("facts") or steps
+        return facts.split("\n") if isinstance(facts, str) else list(facts)
     if task == "du":
         return [*steps, str(answer)]
     if task == "aqua" and len(steps) < 2:
         steps.insert(1, f"The answer is:{answer}")
     return [*steps, f"#### {answer}"]
+
+
+def answer_text(example: Example, task: str) -> str:
+    """The answer as the base writes it."""
+    return example.answer.capitalize() if task == "strategyqa" else example.answer
 
 
 def shown_to_assistant(lines: Sequence[str], task: str) -> list[str]:
@@ -129,15 +149,17 @@ def build(
     words, marks = (pack or own_pack()).wording(family, task, split), FAMILIES[family]
     reader = assistant_tokenizer or tokenizer
     span = marks.begin + marks.placeholder * n + marks.end if n else ""
-    base = _render(tokenizer, _base_turns(example, words, family, task, split, span), family, split)
-    ids = tokenizer(base, add_special_tokens=False).input_ids
-    row = _row(ids, n, tokenizer, family, split, limit)
+    asked = _base_turns(example, words, family, task, split, span)
+    ids = _ids(tokenizer, asked, family, split)
+    learnt = len(_ids(tokenizer, asked[:1], family, "train")) if task == "strategyqa" and split != "test" else 0
+    row = _row(ids, n, tokenizer, family, split, limit, learnt)
     turns, steps = _assistant_turns(example, words, family, task, split, n, marks.placeholder)
     assistant, places, slots = _read(reader, turns, n, marks)
     if n and distinct:
         first = _first_slot(reader, marks.first_slot, n)
         assistant = [first + slots.index(i) if i in slots else token for i, token in enumerate(assistant)]
     spans = places[1 : 1 + len(steps)]
+    bare = answer_text(example, task) if task == "strategyqa" else str(example.extra.get("answer_raw", example.answer))
     return Prompted(
         row,
         tuple(assistant),
@@ -145,7 +167,7 @@ def build(
         places[0][1],
         tuple((start, stop) for start, stop, _ in spans),
         tuple(stop for _, stop, _ in spans),
-        tuple(reader(str(example.extra.get("answer_raw", example.answer))).input_ids) if split != "test" else (),
+        tuple(reader(bare).input_ids) if split != "test" else (),
         tuple(range(places[0][2], spans[-1][2])) if spans else (),
     )
 
@@ -156,7 +178,7 @@ def _base_turns(example: Example, words: Wording, family: str, task: str, split:
         return turns
     lines = [cleaned(line, task, family) for line in reasoning(example, task)]
     steps = "".join(_fill(words.step, i=i, text=line) for i, line in enumerate(lines, 1))
-    ends = [_fill(part, question=example.question, answer=example.answer) for part in (words.open, words.close)]
+    ends = [_fill(part, question=example.question, answer=answer_text(example, task)) for part in (words.open, words.close)]
     return [*turns, {"role": "assistant", "content": ends[0] + steps + ends[1]}]
 
 
@@ -174,15 +196,15 @@ def _fill(template: str, **values: Any) -> str:
     return template
 
 
-def _render(tokenizer, turns: list[dict[str, str]], family: str, split: str) -> str:
+def _ids(tokenizer, turns: list[dict[str, str]], family: str, split: str) -> list[int]:
     if not tokenizer.chat_template:
         raise DataError("The tokenizer has no chat template, which these prompts need; use one of an instruction-tuned model.")
     options = {"add_generation_prompt": split == "test", "enable_thinking": False} if family == "qwen3" else {}
-    return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+    return tokenizer(tokenizer.apply_chat_template(turns, tokenize=False, **options), add_special_tokens=False).input_ids
 
 
-def _row(ids: list[int], n: int, tokenizer, family: str, split: str, limit: int) -> Row:
-    """The base's sequence cut at the thoughts; supervised from the second token after them, as published."""
+def _row(ids: list[int], n: int, tokenizer, family: str, split: str, limit: int, learnt: int) -> Row:
+    """The base's sequence cut at the thoughts; supervised from place `learnt`, 0 = the second token after the thoughts, as published."""
     marks = FAMILIES[family]
     if n == 0:
         turn = tokenizer.convert_tokens_to_ids(marks.turn_end)
@@ -200,7 +222,8 @@ def _row(ids: list[int], n: int, tokenizer, family: str, split: str, limit: int)
     if limit and stop + 2 > limit:
         raise DataError(f"A limit of {limit} tokens cuts off the thoughts at {start}–{stop}; raise it or drop the example.")
     after = ids[stop:limit] if limit else ids[stop:]
-    labels = [IGNORE] * (start + 2) + list(after[2:]) if split != "test" else [IGNORE] * (start + len(after))
+    skipped = len(after) if split == "test" else max(0, learnt - stop) if learnt else 2
+    labels = [IGNORE] * (start + skipped) + list(after[skipped:])
     return Row(tuple(ids[:start]), tuple(after), tuple(labels), thoughts=n)
 
 

@@ -1,5 +1,6 @@
 """The steps of LTA's and SoftCoT's pipelines as one call each; a notebook calls them and shows what they return."""
 
+import re
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -9,30 +10,34 @@ from typing import Any
 import numpy as np
 import torch
 
+from lab.backends import Latent
 from lab.data.benchmarks import load_benchmark, with_options
-from lab.data.examples import Dataset
+from lab.data.examples import Dataset, Example
 from lab.data.records import LETTERS
 from lab.errors import DataError, SettingsError, unknown
+from lab.evaluate import Decoding, Evaluation, evaluate, read_samples
 from lab.latent.plan import Kept
 from lab.launch import on_main
 from lab.methods.lta import toy
 from lab.methods.lta.config import FAMILIES, LtaSettings, family_of
-from lab.methods.lta.data import ThoughtBatch, batch_of
+from lab.methods.lta.data import ThoughtBatch, batch_of, one_count
 from lab.methods.lta.model import ThoughtModel
 from lab.methods.lta.objective import counter, loss
 from lab.methods.lta.policy import make_all, prompted
-from lab.methods.lta.prompting import Prompted, build
+from lab.methods.lta.prompting import Pack, Prompted, build, reasoning, shown_to_assistant
 from lab.models.backbones import load_backbone
 from lab.models.layouts import load
 from lab.models.tokenizers import load_tokenizer
-from lab.sampling.votes import vote
+from lab.sampling.votes import settled, vote
 from lab.trace import Trace
-from lab.train import TrainSettings, fit
+from lab.train import TrainResult, TrainSettings, fit
 
 TOY = "toy"
 RENAMED = {"Qwen/Qwen3-8B-Instruct": "Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B-Instruct": "Qwen/Qwen3-0.6B"}
 RULES = {"gsm8k": "lta-gsm8k", "strategyqa": "lta-strategyqa", "math": "lta-math", "aqua": "lta-aqua", "du": "lta-aqua"}
 BENCHMARKS = {"gsm8k": "gsm8k", "strategyqa": "strategyqa", "math": "math", "aqua": "aqua", "du": "date_understanding"}
+
+Counts = tuple[Prompted, ...]  # one example with each number of thoughts
 
 
 def hub_name(name: str) -> tuple[str, str]:
@@ -94,15 +99,16 @@ def toy_model(folder: Path, arm: str, seed: int) -> ThoughtModel:
 
 def start(values: dict[str, Any]) -> ThoughtModel:
     """The untrained model that a train step's parameters describe; names of the published command are accepted, mended and noted."""
-    if values["tune_assistant_model"]:
-        raise SettingsError("tune_assistant_model is not offered: the authors' reported runs keep the assistant frozen.")
     large, small = (hub_name(values[name])[0] for name in ("large_model_id", "small_model_id"))
     family, assistant, generator = family_of(large), None, values["generator"]
     if values["use_assistant_model"]:
         generator = "assistant"
     if generator == "assistant":
+        if not small:
+            raise SettingsError("generator = 'assistant' needs the small model; name it with small_model_id.")
         assistant = load_backbone(small, dtype=values["dtype"])
-    names = ("num_thought_tokens", "gold_steps", "focus_positions", "distinct_slots", "num_scaling_times", "nce")
+    names = ("num_thought_tokens", "train_thoughts", "gold_steps", "focus_positions", "distinct_slots", "num_scaling_times", "nce")
+    names += ("tune_base_model", "tune_assistant_model")
     weights = ("sft_loss_weight", "contrastive_loss_weight", "kl_loss_weight")
     settings = LtaSettings.check(
         generator=generator,
@@ -111,46 +117,50 @@ def start(values: dict[str, Any]) -> ThoughtModel:
         eps=1e-5 if family == "llama" else 1e-6,
         **{name: values[name] for name in (*names, *weights)},
     )
+    if values["method"] == "softcot" and settings.shaped:
+        raise SettingsError(
+            "SoftCoT learns from cross-entropy alone: set contrastive_loss_weight and kl_loss_weight to 0, or run lta with "
+            "use_assistant_model."
+        )
     torch.manual_seed(values["seed"])
     tokenizer = load_tokenizer(large, pad=True, eos=True, chat=True)
     kind = ThoughtModel
     if values["method"] == "softcot":
         from lab.methods.softcot.model import SoftcotModel as kind
     base = load_backbone(large, dtype=values["dtype"])
-    model = kind.start(base, tokenizer, settings, assistant, load_tokenizer(small) if assistant is not None else None)
+    pack = Pack.read(values["pack"]) if values["pack"] else None
+    model = kind.start(base, tokenizer, settings, assistant, None if assistant is None else load_tokenizer(small), pack)
     if settings.num_scaling_times > 1:
         first = FAMILIES[family].first_slot
         model.use_assistant(assistant, model.assistant_tokenizer, list(range(first, first + settings.num_scaling_times)))
-    model.settings["pack"] = model.pack.hash
     return model
 
 
-def prompts(model: ThoughtModel, data: Dataset, split: str, limit: int = 0) -> Kept[Prompted]:
-    """The examples that can be used as prompts, and which were dropped and why."""
+def prompts(model: ThoughtModel, data: Dataset, split: str, limit: int = 0) -> Kept[Counts]:
+    """The examples that can be used as prompts, each with every number of thoughts it is trained with, and which were dropped and why."""
     s, kept = model.config, Kept()
-    where = {"family": s.family, "task": s.task, "split": split, "pack": model.pack, "distinct": s.distinct_slots}
-    n = 0 if s.generator == "none" else s.num_thought_tokens
+    where = {"family": s.family, "task": s.task, "split": split, "pack": model.pack, "distinct": s.distinct_slots, "limit": limit}
+    where |= {"tokenizer": model.tokenizer, "assistant_tokenizer": model.assistant_tokenizer}
     for example in data:
         try:
-            row = build(example, n, tokenizer=model.tokenizer, assistant_tokenizer=model.assistant_tokenizer, limit=limit, **where)
-            kept.add(example.id, row)
+            if not shown_to_assistant(reasoning(example, s.task), s.task):
+                raise DataError("no reasoning steps to learn from")
+            kept.add(example.id, tuple(build(example, n, **where) for n in s.counts))
         except DataError as error:
             kept.add(example.id, None, str(error))
     return kept.checked()
 
 
-def train(model: ThoughtModel, rows: list[Prompted], settings: TrainSettings, folder: Path, validation: list[Prompted] = ()):
+def train(model: ThoughtModel, rows: list[Counts], settings: TrainSettings, folder: Path, validation: list[Counts] = ()) -> TrainResult:
     """Trains the model's own weights; states of a frozen assistant are computed once for all epochs."""
-    collate = partial(_collate, model, _cached_states(model, rows), {id(row): index for index, row in enumerate(rows)})
-    held_out = list(validation)
+    collate, held_out = partial(_collate, model, _cached_states(model, rows)), [examples[-1] for examples in validation]
 
     def validate(trained: ThoughtModel) -> dict[str, float]:
-        values = [
-            loss(trained, batch_of(held_out[i : i + 16], *_fillers(model)).to(model.device))[1]["sft"] for i in range(0, len(held_out), 16)
-        ]
+        parts = [held_out[i : i + 16] for i in range(0, len(held_out), 16)]
+        values = [loss(trained, batch_of(part, *_fillers(model)).to(model.device))[1]["sft"] for part in parts]
         return {"loss": float(torch.stack(values).mean())}
 
-    lengths = [len(row.row) for row in rows]
+    lengths = [len(examples[-1].row) for examples in rows]
     return fit(model, rows, collate, loss, settings, folder, count=counter(model), validate=validate if held_out else None, lengths=lengths)
 
 
@@ -158,30 +168,34 @@ def _fillers(model: ThoughtModel) -> tuple[int, int]:
     return model.tokenizer.pad_token_id, model.tokenizer.convert_tokens_to_ids(FAMILIES[model.config.family].placeholder)
 
 
-def _collate(model: ThoughtModel, states: torch.Tensor | None, places: dict[int, int], rows: list[Prompted]) -> ThoughtBatch:
+def _collate(model: ThoughtModel, states: dict[int, torch.Tensor], examples: list[Counts]) -> ThoughtBatch:
+    rows = one_count(examples)
     batch = batch_of(rows, *_fillers(model))
-    if states is not None:
-        batch.states = states[[places[id(row)] for row in rows]]
+    if states:
+        batch.states = torch.nn.utils.rnn.pad_sequence([states[id(row)] for row in rows], batch_first=True)
     return batch
 
 
 @torch.no_grad()
-def _cached_states(model: ThoughtModel, rows: list[Prompted], size: int = 32) -> torch.Tensor | None:
-    """(rows, n, d) states of a frozen assistant at the thoughts' places; None for other generators and several sets."""
-    if model.config.generator != "assistant" or model.config.num_scaling_times > 1 or not rows:
-        return None
-    parts = [model.assistant_states(batch_of(rows[i : i + size], *_fillers(model)).to(model.device)) for i in range(0, len(rows), size)]
-    return torch.cat(parts).cpu()
+def _cached_states(model: ThoughtModel, examples: list[Counts], size: int = 32) -> dict[int, torch.Tensor]:
+    """What a frozen assistant says of every row, by the row's id; {} for other generators and for several sets."""
+    s, found = model.config, {}
+    if s.generator != "assistant" or s.num_scaling_times > 1 or s.tune_assistant_model:
+        return found
+    for same in zip(*examples, strict=True):
+        for group in (same[i : i + size] for i in range(0, len(same), size)):
+            states = model.assistant_states(batch_of(group, *_fillers(model)).to(model.device)).cpu()
+            used = [states.shape[1] if not s.shaped else len(row.slots) + 1 + len(row.steps) for row in group]
+            found |= {id(row): part[:length] for row, part, length in zip(group, states, used, strict=True)}
+    return found
 
 
 def run(folder: str, values: dict[str, Any]) -> dict[str, float]:
     """A real training from a train step's parameters (plain values, so that several processes can share it)."""
-    if values["tune_base_model"]:
-        raise SettingsError("tune_base_model is not offered: the base is frozen, as in the reported runs.")
     model, held_out = start(values), values["held_out"]
     data = dataset(values["task_name"], "train", values["data"], values["k_shot"], values["seed"])
     data = data.shuffled(values["seed"])
-    rows = prompts(model, data, "train", values["max_len"]).rows
+    rows = prompts(model, data, "train", max(0, values["max_len"])).rows
     batch = values["batch_size"] * values["gradient_accumulation_steps"] * values["processes"]
     settings = TrainSettings.check(
         steps=values["steps"] if not values["n_epochs"] else 0,
@@ -199,18 +213,38 @@ def run(folder: str, values: dict[str, Any]) -> dict[str, float]:
     return {"train_loss": result.loss, "steps": float(result.steps), "examples": float(len(rows) - held_out)}
 
 
+def published(values: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation's parameters with the names of the published command read: those of the models, the one number of thoughts."""
+    where = [Path(values[name]).expanduser() for name in ("params_file_name", "att_file_name") if values[name]]
+    if len({path.parent if path.suffix == ".bin" else path for path in where}) > 1 or (values["att_file_name"] and len(where) == 1):
+        raise SettingsError(
+            "params_file_name and att_file_name belong together: put projection.bin and TransformerBlock.bin into one folder."
+        )
+    given = {"large_model_id": values["base_model_id"], "small_model_id": values["assistant_model_id"]}
+    given["thoughts"] = [values["num_thought_tokens"]] if values["num_thought_tokens"] else []
+    return values | {name: value for name, value in given.items() if value}
+
+
 def trained(folder: Path, values: dict[str, Any]) -> ThoughtModel:
     """The model of a train step, or the published weights in `params_file_name`, with its assistant where it has one."""
     large, small = (hub_name(values[name])[0] for name in ("large_model_id", "small_model_id"))
     if values["params_file_name"]:
         where = Path(values["params_file_name"])
         more = {"assistant": small} if small else {}
+        more |= {"pack": values["pack"]} if values["pack"] else {}
         return load(where.parent if where.is_file() else where, backbone=large, task=values["task_name"], **more)
-    model = load(folder / values["method"])
+    model = load(folder / values["method"], **({"pack": values["pack"]} if values["pack"] else {}))
     if model.config.generator == "assistant":
         name = model.config.assistant_id
         model.use_assistant(load_backbone(name, dtype="bfloat16"), load_tokenizer(name))
     return model
+
+
+def inputs(model: ThoughtModel, data: Dataset) -> list[dict[str, str]]:
+    """What the base and the thought generator read for each question, as text."""
+    reader, rows = model.assistant_tokenizer or model.tokenizer, [prompted(model, example) for example in data]
+    base = [model.tokenizer.decode(r.row.prompt) + "[thought]" * r.row.thoughts + model.tokenizer.decode(r.row.after) for r in rows]
+    return [{"base reads": text, "generator reads": reader.decode(row.assistant)} for text, row in zip(base, rows, strict=True)]
 
 
 def explored(folder: Path, values: dict[str, Any]) -> dict[str, ThoughtModel]:
@@ -267,25 +301,57 @@ def thought_trace(model: ThoughtModel, rows: list[Prompted], k: int) -> Trace:
     return Trace.build(model.method, samples=samples, thoughts=thoughts)
 
 
-def vote_row(rows: list[dict[str, Any]], official: bool = False) -> dict[str, float]:
-    """`voted` as columns of a table."""
-    return {f"vote_{name}": value for name, value in voted(rows, official).items()}
+def answer(model: ThoughtModel, data: Dataset, folder: Path, values: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Answers a benchmark with every number of `thoughts`: rows of a table, and the answers of the last one.
+
+    With `stop_early` a question gets no further answers once they cannot change the vote; accuracy is then that of the answers all
+    questions got.
+    """
+    decoding = Decoding.check(**{name: values[name] for name in ("temperature", "top_p", "top_k", "max_new_tokens", "seed")})
+    repeat, table, rows = values["num_return_sequences"] * model.config.num_scaling_times, [], []
+    decoding = decoding.but(batch=values["batch_size"] * repeat)
+    for n in values["thoughts"]:
+        asked = {"benchmark": BENCHMARKS[values["task_name"]], "folder": folder / f"{n}", "decoding": decoding}
+        asked |= {"rule": RULES[values["task_name"]], "label": f"{n} thoughts"}
+        result, rows = _answered(Latent(model, thoughts=n), data, asked, repeat, values["stop_early"])
+        found = {f"vote_{name}": value for name, value in voted(rows, values["vote"] == "official").items()}
+        table.append({"thoughts": n, **result.row(), **found, "majority": majority_baseline(data), "answers": len(rows)})
+    return table, rows
+
+
+def _answered(generator: Latent, data: Dataset, asked: dict[str, Any], repeat: int, stop_early: bool) -> tuple[Evaluation, list[dict]]:
+    if not stop_early or repeat < 3:
+        result = evaluate(generator, data, repeat=repeat, **asked)
+        return result, result.rows
+    result = evaluate(generator, data, repeat=repeat // 2 + 1, **asked)
+    if left := [name for name, rows in by_question(result.rows).items() if not _decided(rows, repeat)]:
+        evaluate(generator, data, repeat=repeat, ids=left, **asked)
+    return result, read_samples(asked["folder"])
+
+
+def _decided(rows: list[dict[str, Any]], repeat: int) -> bool:
+    return all(settled([row[name] for row in rows], repeat) for name in ("predicted_answer", "lenient_answer"))
+
+
+def by_question(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The answers of an evaluation by the id of their question."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["id"], []).append(row)
+    return groups
 
 
 def voted(rows: list[dict[str, Any]], official: bool = False) -> dict[str, float]:
-    """Accuracy of the vote over the samples of each question of an evaluation, strictly and leniently read."""
-    by_question: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_question.setdefault(row["id"], []).append(row)
-    found = {}
+    """Accuracy of the vote over the answers to each question, strictly and leniently read."""
+    found, groups = {}, by_question(rows).values()
     for name, right in (("predicted_answer", "is_correct"), ("lenient_answer", "lenient_correct")):
-        hits = [_vote_is_right(group, name, right, official) for group in by_question.values()]
+        hits = [_vote_is_right(group, name, right, official) for group in groups]
         found[name.replace("predicted", "strict").replace("_answer", "")] = float(np.mean(hits))
     return found
 
 
 def _vote_is_right(group: list[dict[str, Any]], name: str, right: str, official: bool) -> bool:
-    winner = vote([row[name] for row in group], official=official)
+    winner = vote([row[name] for row in group], official=official, once=True)
     return any(row[right] for row in group if row[name] == winner)
 
 
@@ -297,12 +363,25 @@ def majority_baseline(data: Dataset) -> float:
 def shuffled_options(data: Dataset, seed: int) -> Dataset:
     """Multiple-choice questions (loaded without options in their text) with the options in a new order, and the letters mended."""
     rng, made = np.random.default_rng(seed), []
-    for example in data:
+    for example in map(_parted, data):
         order = rng.permutation(len(example.options)).tolist()
         options = tuple(example.options[i] for i in order)
         moved = replace(example, options=options, answer=LETTERS[order.index(LETTERS.index(example.answer))])
         made.append(replace(moved, question=with_options(moved)))
     return data.but(made, f"Options shuffled with seed {seed}.")
+
+
+OPTION = re.compile(r"^\s*\(?([A-J])\s*[).:]\s*(\S.*?)\s*$", re.M)
+
+
+def _parted(example: Example) -> Example:
+    """The example with its options apart from the question, where they stand behind it as lettered lines (the published file)."""
+    found = list(OPTION.finditer(example.question)) if not example.options else []
+    if found and "".join(match[1] for match in found) == LETTERS[: len(found)]:
+        return replace(example, question=example.question[: found[0].start()].rstrip(), options=tuple(match[2] for match in found))
+    if len(example.options) < 2 or example.answer not in LETTERS[: len(example.options)]:
+        raise DataError(f"{example.id} has no lettered options that could be shuffled, or its answer {example.answer!r} is none of them.")
+    return example
 
 
 def dataset(task: str, split: str, data: str, limit: int, seed: int) -> Dataset:

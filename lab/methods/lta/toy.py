@@ -33,14 +33,15 @@ BOS, SEP, EOS, FIRST_FILLER = 0, 1, 2, 19
 SORT, REVERSE, SEVEN, NONE = 13, 14, 17, 18
 SIZES = {"layers": 3, "hidden": 64, "intermediate": 256, "heads": 4, "kv_heads": 4}
 
+SFT_ONLY = {"contrastive_loss_weight": 0.0, "kl_loss_weight": 0.0, "sft_loss_weight": 1.0}
 OFFICIAL = {"generator": "block", "gold_steps": "visible", "focus_positions": "turn_end"}
 REPAIRED = {"generator": "block", "gold_steps": "masked", "focus_positions": "step_mean"}
 ARMS: dict[str, dict[str, Any]] = {
     "static": {"generator": "static"},
-    "softcot": {"generator": "assistant", "gold_steps": "off", "distinct_slots": False},
+    "softcot": SFT_ONLY | {"generator": "assistant", "gold_steps": "off", "distinct_slots": False},
     "lta-official": OFFICIAL,
     "lta": REPAIRED,
-    "lta-sft-only": REPAIRED | {"contrastive_loss_weight": 0.0, "kl_loss_weight": 0.0, "sft_loss_weight": 1.0},
+    "lta-sft-only": REPAIRED | SFT_ONLY,
     # one repair each, beside lta-official; lta-one-id is what was published for StrategyQA
     "lta-masked": OFFICIAL | {"gold_steps": "masked"},
     "lta-off": OFFICIAL | {"gold_steps": "off"},

@@ -212,6 +212,7 @@ def generate(
     max_new_tokens: int = 256,
     seed: int = 0,
     first: int = 0,
+    skip: int = 0,
     batch: int = 64,
     thinking: bool | None = None,
     policy: str = "decider",
@@ -223,7 +224,7 @@ def generate(
 
     Args:
         sampling: greedy where None; `OFFICIAL` holds the released settings.
-        first: number of the first question (draws are keyed by seed, question and sample).
+        first, skip: number of the first question and of its first sample (draws are keyed by seed, question and sample).
         policy: one of `POLICIES`. candidates: best tokens to keep for every pass, for the trace; 0 = none.
         edit: changes what further passes read.
     """
@@ -237,23 +238,23 @@ def generate(
     size = max(1, batch // samples)
     for group in (order[start : start + size] for start in range(0, len(order), size)):
         number = torch.tensor([first + i for i in group for _ in range(samples)], device=model.device)
-        sample = torch.arange(samples, device=model.device).repeat(len(group))
+        sample = torch.arange(skip, skip + samples, device=model.device).repeat(len(group))
         draws, editing = Keyed.of(seed, number, sample), None if edit is None else Editing(edit, number, sample)
         options = {"max_new_tokens": max_new_tokens, "stops": stops, "sampling": sampling, "candidates": candidates}
         done = decode(model, [prompts[i] for i in group], decider=decider, copies=samples, draws=draws, edit=editing, **options)
-        rows += _answers(model, prompts, group, samples, first, done)
+        rows += _answers(model, prompts, group, samples, (first, skip), done)
     threshold = getattr(decider, "effective_threshold", float("nan"))
     rows.sort(key=lambda row: (row.question, row.sample))
     return DeepAnswers(model.method, rows, model.tokenizer, threshold=threshold)
 
 
 def _answers(
-    model: TahModel, prompts: list[list[int]], group: list[int], samples: int, first: int, done: DeepRollout
+    model: TahModel, prompts: list[list[int]], group: list[int], samples: int, first: tuple[int, int], done: DeepRollout
 ) -> Iterator[DeepAnswer]:
     passes = _pass_rows(model, done)
     for place, ids in enumerate(done.answers()):
-        prompt, sample = prompts[group[place // samples]], place % samples
-        question, length = first + group[place // samples], len(prompt) + len(ids)
+        prompt, sample = prompts[group[place // samples]], first[1] + place % samples
+        question, length = first[0] + group[place // samples], len(prompt) + len(ids)
         text = "" if model.tokenizer is None else model.tokenizer.decode(ids)
         own = [{"question": question, "sample": sample, **entry} for entry in passes.get(place, ()) if entry["pos"] < length]
         said = (done.logprob[place, : len(ids)].tolist(), FINISH[int(done.finish[place])], text)
