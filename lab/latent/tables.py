@@ -9,12 +9,19 @@ from lab.data.examples import Example
 from lab.files import read_lines
 
 
-def curve(folder: Path | str, value: str) -> Any:
-    """A logged number of every arm of a step, as a table of arm, step, mean."""
+def curve(folder: Path | str, value: str, without: Sequence[str] = ()) -> Any:
+    """A logged number of every arm of a step (but those in `without`), as a table of arm, step, mean."""
     import pandas as pd
 
-    rows = [row for row in read_lines(Path(folder) / "metrics.jsonl") if value in row]
+    rows = [row for row in read_lines(Path(folder) / "metrics.jsonl") if value in row and row.get("arm", "") not in without]
     return pd.DataFrame([{"arm": r.get("arm", ""), "step": r["step"], "mean": r[value]} for r in rows], columns=["arm", "step", "mean"])
+
+
+def at_steps(curves: Any, name: str) -> dict[str, dict[str, float]]:
+    """{arm, step n: {name: value}} of learning curves with several arms, so that a sweep folds them over seeds; {} of one arm alone."""
+    if curves["arm"].nunique() < 2:
+        return {}
+    return {f"{arm}, step {step}": {name: float(value)} for arm, step, value in curves.itertuples(index=False)}
 
 
 def parts(folder: Path | str, names: Sequence[str], arm: str = "") -> Any:
@@ -79,6 +86,8 @@ def slider(rows: Sequence[Mapping[str, Any]]) -> Any:
     from IPython.display import display
 
     table = pd.DataFrame(rows)
+    if table.empty:
+        return table
     out, share = ipywidgets.Output(), table.groupby("thoughts")["right"].mean()
     choose = ipywidgets.SelectionSlider(options=sorted(share.index.tolist()), value=int(share.idxmax()), description="thoughts")
 

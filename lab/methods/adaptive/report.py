@@ -1,7 +1,7 @@
 """What the notebooks call to look: evaluation in both ways of counting thoughts, curves, answers by number of thoughts, pushing."""
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ import torch
 
 from lab.data.examples import Example
 from lab.errors import SettingsError
-from lab.files import read_lines
 from lab.latent.loop import Budget
 from lab.latent.policy import Policy
 from lab.latent.record import Ask, Responses, respond
@@ -110,21 +109,6 @@ def final(trained: TrainResult, checked: Mapping[str, float]) -> dict[str, float
     return {**checked, "loss": trained.loss, "rollbacks": float(trained.rollbacks), "seconds": trained.seconds}
 
 
-def curve(folder: Path, value: str) -> Any:
-    """A logged number of every arm of a step: arm, step, mean."""
-    import pandas as pd
-
-    rows = [row for row in read_lines(Path(folder) / "metrics.jsonl") if value in row and row.get("arm") != "warm-up"]
-    return pd.DataFrame([{"arm": r["arm"], "step": r["step"], "mean": r[value]} for r in rows], columns=["arm", "step", "mean"])
-
-
-def at_steps(curves: Any) -> dict[str, dict[str, float]]:
-    """{arm, step n: {accuracy}} of learning curves with several arms, so that a sweep folds them over seeds."""
-    if curves["arm"].nunique() < 2:
-        return {}
-    return {f"{row.arm}, step {row.step}": {"accuracy": float(row.mean_)} for row in curves.rename(columns={"mean": "mean_"}).itertuples()}
-
-
 def shorter(results: Mapping[str, Mapping[str, float]]) -> float:
     """Thoughts after training as a share of those before (greedy)."""
     return results["after"]["thoughts"] / results["before"]["thoughts"] if "after" in results else float("nan")
@@ -141,28 +125,6 @@ def count_table(answers: Responses, problems: Sequence[Example]) -> list[dict[st
     ]
 
 
-def found_results(trace: Any) -> list[dict[str, Any]]:
-    """Share of gold intermediate results among the candidates at each place, first candidate and first five, then anywhere."""
-    from lab.view.thoughts import gold_values, is_gold
-
-    samples = {(row["question"], row["sample"]): gold_values(row) for row in trace.samples.to_dict("records")}
-    seen: dict[Any, list[tuple[float, float]]] = {}
-    for row in trace.thoughts.to_dict("records"):
-        gold = samples[row["question"], row["sample"]]
-        hits = [is_gold(text, gold) for text in row["top_texts"]]
-        if gold and hits:
-            seen.setdefault(int(row["step"]), []).append((float(hits[0]), float(any(hits[:5]))))
-    places = [
-        {"place": str(p), "top1": statistics.fmean(a for a, _ in v), "top5": statistics.fmean(b for _, b in v)}
-        for p, v in sorted(seen.items())
-    ]
-    every = [pair for pairs in seen.values() for pair in pairs]
-    mean = (
-        [{"place": "mean", "top1": statistics.fmean(a for a, _ in every), "top5": statistics.fmean(b for _, b in every)}] if every else []
-    )
-    return places + mean
-
-
 def chances(problems: Sequence[Example], odds: torch.Tensor | None) -> list[dict[str, Any]]:
     """Rows of the probability of each number of thoughts, and its expectation."""
     if odds is None:
@@ -173,28 +135,6 @@ def chances(problems: Sequence[Example], odds: torch.Tensor | None) -> list[dict
         rows.append(
             {"question": example.question, "steps": len(example.steps), "expected": mean, **{str(n): p for n, p in enumerate(line)}}
         )
-    return rows
-
-
-def answers_by_count(model: AdaptiveModel, problems: Sequence[Example], counts: Iterable[int], **options: Any) -> list[dict[str, Any]]:
-    """What the model says with each number of thoughts, gold beside it, and whether that is right."""
-    if not model.config.latent:
-        return []
-    rows = []
-    for count in counts:
-        found = generate(model, problems, thoughts=count, **options)
-        for row, example in zip(found.rows, problems, strict=True):
-            said = answer_of(row.text)
-            rows.append(
-                {
-                    "thoughts": count,
-                    "question": example.question,
-                    "steps": " ".join(example.steps),
-                    "gold": example.answer,
-                    "said": row.text,
-                }
-                | {"right": said is not None and said == first_number(example.answer), "beyond": count > model.config.most_trained > 0}
-            )
     return rows
 
 
@@ -212,30 +152,6 @@ def beside_teacher(model: AdaptiveModel, problems: Sequence[Example], answers: R
         | {"student": students[i].text, "thoughts": students[i].thoughts, "student_tokens": len(students[i].ids)}
         for i, (example, teacher) in enumerate(zip(problems, written.rows, strict=True))
     ]
-
-
-def slider(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """A live table of answers for a chosen number of thoughts; the whole table where nothing is live."""
-    import pandas as pd
-
-    table = pd.DataFrame(rows)
-    if table.empty:
-        return table
-    import ipywidgets
-    from IPython.display import display
-
-    out, share = ipywidgets.Output(), table.groupby("thoughts")["right"].mean()
-    choose = ipywidgets.SelectionSlider(options=sorted(share.index.tolist()), value=int(share.idxmax()), description="thoughts")
-
-    def show(change: Mapping[str, Any] | None = None) -> None:
-        out.clear_output(wait=True)
-        with out:
-            display(table[table["thoughts"] == choose.value].drop(columns="thoughts"))
-
-    choose.observe(show, "value")
-    show()
-    display(ipywidgets.VBox([choose, out]))
-    return table.pivot_table(index="question", columns="thoughts", values="said", aggfunc="first")
 
 
 # ---- checkpoints of a run ----

@@ -71,11 +71,6 @@ def run_arm(
     return {"loss": found.loss, "steps": found.steps, "learning": found.learning, "seconds": found.seconds, "dropped": kept.note()}
 
 
-def at_steps(curves: Any) -> dict[str, dict[str, float]]:
-    """{arm, step n: {exact}} of learning curves, so that a sweep folds them over seeds."""
-    return {f"{row.arm}, step {row.step}": {"exact": float(row[3])} for row in curves.itertuples() if row.arm}
-
-
 def models_in(folder: Path | str, names: Sequence[str] = tuple(ARMS)) -> dict[str, CodiModel]:
     """The models a training step has saved, by arm; SettingsError if there is none."""
     from lab.models.layouts import load
