@@ -9,16 +9,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lab import papers
+from lab import papers, reported
 from lab.errors import LabError
 from lab.files import write_text
 from lab.progress import clock
 from lab.records import StepRecord, results_of
 from lab.runs import MANIFEST, Run, open_run
-from lab.tables import SEED, Row, cell_text, number_text, rows_of, table_html, table_text
+from lab.tables import SEED, Row, cell_text, columns, rows_of, table_html, table_text
 from lab.view import palette
 
 TABLE_LIMIT = 60  # rows of a step's table that the page shows; all are in the CSV beside it
+LONGEST_TEXT = 24  # of a value in the table of results; sentences stand in their step's own table
+MOST_COLUMNS = 9  # of a table of results, before it is turned
 
 
 def write(folders: Iterable[Path], path: Path) -> Path:
@@ -63,30 +65,58 @@ def _result_step(paper: str) -> str:
 
 def _page(body: str, manifests: list[Mapping[str, Any]]) -> str:
     titles = list(dict.fromkeys(_title(manifest["paper"]) for manifest in manifests))
-    names = titles[0] if len(titles) == 1 else f"Latent reasoning, {len(titles)} papers"
+    names = titles[0] if len(titles) == 1 else f"Latent reasoning: {len(titles)} papers, {len(manifests)} runs"
     style = resources.files("lab").joinpath("report.css").read_text()
+    days = sorted({manifest["created"][:10] for manifest in manifests})
+    made = f'<p class="soft">Runs of {" to ".join(dict.fromkeys((days[0], days[-1])))} on {_safe(_devices(manifests))}.</p>'
     light, dark = (palette.css_variables(theme) for theme in ("light", "dark"))
     themes = f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<title>{_safe(names)}</title><link rel="icon" href="data:,"><style>{themes}{style}</style></head>'
-        f"<body><main><h1>{_safe(names)}</h1>{_about(manifests)}\n{body}</main></body></html>\n"
+        f"<body><main><h1>{_safe(names)}</h1>{made}\n{body}</main></body></html>\n"
     )
 
 
-def _about(manifests: list[Mapping[str, Any]]) -> str:
-    texts = [papers.pipeline(key).about for key in dict.fromkeys(manifest["paper"] for manifest in manifests) if key in papers.papers()]
-    return "".join(f"<p>{_safe(text)}</p>" for text in texts if text)
+def _devices(manifests: list[Mapping[str, Any]]) -> str:
+    return ", ".join(dict.fromkeys(manifest["machine"]["device"] for manifest in manifests))
+
+
+def _about(paper: str) -> str:
+    text = papers.pipeline(paper).about if paper in papers.papers() else ""
+    return f"<p>{_safe(text)}</p>" if text else ""
 
 
 def _overview(runs: list[Run]) -> str:
-    links = "".join(f'<li><a href="#{_anchor(group[0])}">{_name(group[0])}</a></li>' for group in _groups(runs))
-    rows = _headlines(runs)
-    tables = table_html([row for row in rows if row["arm"]])
-    single = "".join(_key_numbers(row) for row in rows if not row["arm"])
+    groups = _groups(runs)
+    links = "".join(f'<li><a href="#{_anchor(group[0])}">{_name(group[0])}</a></li>' for group in groups)
+    navigation = f'<nav aria-label="runs"><ul>{links}</ul></nav>' if len(groups) > 1 else ""
+    by_paper: dict[str, list[Run]] = {}
+    for run in runs:
+        by_paper.setdefault(run.manifest["paper"], []).append(run)
+    tables = "".join(_results(paper, part, len(by_paper) > 1) for paper, part in by_paper.items())
     note = '<p class="soft">Means over runs that differ in their seed only, ± half a 95 % t-interval, and the number of runs.</p>'
-    navigation = f"<nav><ul>{links}</ul></nav>" if len(runs) > 1 else ""
-    return f'{navigation}<section><h2 id="results">Results</h2>{tables}{single}{note if len(runs) > 1 else ""}</section>'
+    return f'{navigation}<section><h2 id="results">Results</h2>{tables}{note if len(runs) > len(groups) else ""}</section>'
+
+
+def _results(paper: str, runs: list[Run], titled: bool) -> str:
+    """The headline of a paper's runs: a table with an arm a row, or on its side where it has more measures than fit."""
+    rows = _headlines(runs)
+    wordy = {name for row in rows for name, value in row.items() if name != "arm" and isinstance(value, str) and len(value) > LONGEST_TEXT}
+    rows = [{name: value for name, value in row.items() if name not in wordy} for row in rows]
+    steps = {row.pop("step") for row in rows}
+    arms = table_html(_turned([row for row in rows if row["arm"]]), f"{next(iter(steps))} step" if len(steps) == 1 else "")
+    single = "".join(_key_numbers(row) for row in rows if not row["arm"])
+    heading = f'<h3><a href="#{_anchor(runs[0])}">{_safe(_title(paper))}</a></h3>' if titled else ""
+    return f"{heading}{arms}{single}" if arms or single else ""
+
+
+def _turned(rows: list[Row]) -> list[Row]:
+    """Rows with the measures downwards and the arms across, where that is narrower."""
+    if len(columns(rows)) <= MOST_COLUMNS or len(rows) >= MOST_COLUMNS or len({tuple(row) for row in rows}) > 1:
+        return rows
+    names = [name for name in columns(rows) if name != "arm"]
+    return [{"measure": name.replace("_", " "), **{row["arm"]: row.get(name) for row in rows}} for name in names]
 
 
 def _key_numbers(row: Row) -> str:
@@ -122,19 +152,20 @@ def _groups(runs: list[Run]) -> list[list[Run]]:
 def _group(runs: list[Run]) -> str:
     """The first run of a group in full, the others folded."""
     others = "".join(f"<details><summary>{_name(run)}</summary>{_run(run)}</details>" for run in runs[1:])
-    return f'<section><h2 id="{_anchor(runs[0])}">{_name(runs[0])}</h2>{_run(runs[0])}{others}{_reported(runs[0])}</section>'
+    about = _about(runs[0].manifest["paper"])
+    return f'<section><h2 id="{_anchor(runs[0])}">{_name(runs[0])}</h2>{about}{_run(runs[0])}{others}{_reported(runs)}</section>'
 
 
-def _reported(run: Run) -> str:
-    """The paper's own numbers, folded: their settings are rarely those of the run above."""
-    paper = run.manifest["paper"]
-    quoted = papers.reported(paper) if paper in papers.papers() else []
-    rows = [{"claim": one.claim, "setting": one.setting, "values": _values(one.values), "source": one.source} for one in quoted]
-    return f"<details><summary>What the paper reports</summary>{table_html(rows)}</details>" if rows else ""
-
-
-def _values(values: Mapping[Any, Any]) -> str:
-    return " · ".join(f"{name} {number_text(value)}" for name, value in values.items())
+def _reported(runs: list[Run]) -> str:
+    """The paper's own numbers beside ours; folded where none of them was measured under our setting."""
+    rows = reported.of_runs(runs)
+    if not rows:
+        return ""
+    same = sum(row["ours"] != "" for row in rows)
+    words = f"{same} of {len(rows)} on the data set of this run" if same else "none was measured on the data set of this run"
+    shown = [{name: value for name, value in row.items() if name != "ours" or same} for row in rows]
+    table = table_html(shown)
+    return f"<details{' open' if same else ''}><summary>The paper's numbers and ours: {words}</summary>{table}</details>"
 
 
 def _run(run: Run) -> str:

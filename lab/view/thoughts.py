@@ -138,8 +138,10 @@ def thoughts(
 
 
 def gold_values(sample: dict[str, Any]) -> set[str]:
-    """The intermediate results of a sample's gold steps: what stands after each step's last "=", or the whole step where there is none."""
-    return {_normal(re.sub(r"[<>]", "", step).rsplit("=", 1)[-1]) for step in sample["steps"]} - {""}
+    """The intermediate results of a sample's gold steps: what stands after each step's last "=", else the step and its last word."""
+    results = [re.sub(r"[<>]", "", step).rsplit("=", 1)[-1] for step in sample["steps"]]
+    last = [re.findall(r"[\w.-]*\w", text)[-1:] for text in results]
+    return {_normal(text) for text in (*results, *(word for words in last for word in words))} - {""}
 
 
 def is_gold(text: str, gold: set[str]) -> bool:

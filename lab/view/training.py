@@ -17,6 +17,7 @@ from lab.view.svg import Line, chart, sparkline
 
 METRICS, EVENTS = "metrics.jsonl", "divergence.jsonl"
 _FIRST = ("loss", "reward", "accuracy", "grad_norm", "lr", "learning_rate")
+_CLOCKS = ("time", "epoch", "seconds")
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,11 +35,17 @@ class Training(View):
 
     @cached_property
     def frame(self) -> pd.DataFrame:
-        """One row a value: line, step, label (the texts logged beside it), metric, value, discarded (logged again after a rollback)."""
+        """One row a value: line, step, label (the texts logged beside it), metric, value, discarded (logged again after a rollback).
+
+        Steps that begin from the start again are no rollback: they are another part of the training, and its label says so.
+        """
         rows = [row for place, line in enumerate(self.metrics) if "step" in line for row in _values(place, line)]
-        frame = pd.DataFrame(rows, columns=["line", "step", "label", "metric", "value"])
-        later = frame[::-1].groupby(["label", "metric"], sort=False)["step"].transform(lambda steps: steps.cummin().shift())
-        return frame.assign(discarded=frame["step"] >= later.reindex(frame.index))
+        frame = pd.DataFrame(rows, columns=["line", "step", "label", "metric", "value"]).assign(part=1, discarded=False)
+        for _, steps in frame.groupby(["label", "metric"], sort=False)["step"]:
+            frame.loc[steps.index, ["part", "discarded"]] = _course(steps.tolist())
+        later = frame["part"] > 1
+        frame.loc[later, "label"] = (frame["label"] + " part " + frame["part"].astype(str)).str.strip()[later]
+        return frame.drop(columns="part").astype({"discarded": bool})
 
     @property
     def names(self) -> list[str]:
@@ -111,8 +118,20 @@ def training(folder: str | os.PathLike[str]) -> Training:
 def _values(place: int, line: dict[str, Any]) -> Iterator[dict[str, Any]]:
     label = " ".join(str(value) for name, value in line.items() if isinstance(value, str))
     for name, value in line.items():
-        if name not in ("step", "time", "epoch") and isinstance(value, int | float) and not isinstance(value, bool):
+        if name not in ("step", *_CLOCKS) and isinstance(value, int | float) and not isinstance(value, bool):
             yield {"line": place, "step": line["step"], "label": label, "metric": name, "value": float(value)}
+
+
+def _course(steps: list[int]) -> list[tuple[int, bool]]:
+    """(part of the training, discarded) of each logged step: a fall to the first step begins a part, any other one is a rollback."""
+    part, begin, found = 1, 0, []
+    for place, step in enumerate(steps):
+        if place and step < steps[place - 1]:
+            if step <= steps[begin]:
+                part, begin = part + 1, place
+            found[begin:] = [(part, void or earlier >= step) for (_, void), earlier in zip(found[begin:], steps[begin:], strict=False)]
+        found.append((part, False))
+    return found
 
 
 def _sentence(event: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ import re
 import pandas as pd
 import pytest
 
-from lab import figures, report, runs, steps
+from lab import figures, report, reported, runs, steps
 from lab.errors import RunError, SettingsError
 
 HOSTILE = "<script>alert(1)</script>\"'&"
@@ -61,13 +61,55 @@ def test_a_sweeps_folder_stands_for_its_runs(make, tmp_path):
     assert report.expand([tmp_path]) == folders
 
 
-def test_the_papers_own_numbers_stand_beside_with_their_source(make, bench, tmp_path):
-    (bench / "papers" / "mini" / "reported.yaml").write_text("- {claim: total, values: {all: 1.5}, source: 'table 2'}\n")
+def test_the_papers_own_numbers_stand_beside_with_what_differs(make, bench, tmp_path):
+    path = bench / "papers" / "mini" / "reported.yaml"
+    path.write_text("- {claim: total, setting: {backbone: gpt2, dataset: world}, values: {all: 1.5}, source: 'table 2'}\n")
     page = report.write([make(x=1.0)], tmp_path / "r.html").read_text()
-    assert "What the paper reports" in page and "all 1.500" in page and "table 2" in page
-    (bench / "papers" / "mini" / "reported.yaml").write_text("- {claim: total}\n")
+    assert "none was measured on the data set of this run" in page and "1.500" in page and "table 2" in page
+    assert "backbone: gpt2, here not recorded; dataset: world, here not recorded" in page
+    path.write_text("- {claim: total}\n")
     with pytest.raises(SettingsError, match="reported.yaml: Reported: source"):
         report.write([make(1, x=1.0)], tmp_path / "r.html")
+
+
+OURS = {"backbone": "openai-community/gpt2", "dataset": "gsm8k", "split": "test", "decoding": "greedy"}
+CELL = {"mean": 0.34, "low": 0.30, "high": 0.38, "n": 5}
+
+
+def against(line, bench, ours=OURS):
+    (bench / "papers" / "mini" / "reported.yaml").write_text(f"- {{claim: c, source: s, scale: 100, arm: a, {line}}}\n")
+    return reported.compared("mini", ours, {"a": {"accuracy": CELL, "tokens": 8.0}})
+
+
+def test_ours_stands_beside_a_number_of_the_same_data_set_in_the_papers_unit(bench):
+    rows = against("setting: {backbone: GPT-2, split: test, decoding: greedy}, values: {gsm8k: 34.1, gsm8k_tokens: 8.2, math: 3.0}", bench)
+    assert [row["measure"] for row in rows] == ["gsm8k accuracy", "gsm8k tokens", "math accuracy"]
+    assert [row["ours"] for row in rows] == ["34.000 ± 4.000 (5)", "8.000", ""]
+    assert [row["what differs"] for row in rows] == ["nothing stated", "nothing stated", "dataset: math, here gsm8k"]
+
+
+def test_every_setting_that_differs_is_listed_and_silence_is_said(bench):
+    (row,) = against("setting: {backbone: Qwen/Qwen3-8B, dataset: gsm8k, decoding: temperature 1}, values: {accuracy: 90.9}", bench)
+    assert row["ours"] == "34.000 ± 4.000 (5)"
+    assert row["what differs"] == "backbone: Qwen/Qwen3-8B, here openai-community/gpt2; decoding: temperature 1, here greedy"
+    (row,) = against("setting: {note: a figure}, values: {gain: 7.3}", bench)
+    assert row["ours"] == "" and row["what differs"] == "the source does not say" and row["note"] == "a figure"
+
+
+def test_our_setting_is_read_from_the_parameters_of_the_steps():
+    told = {"backbone": "toy:gpt2", "benchmark": "permutations", "temperature": 0.0}
+    assert reported.of_parameters(told) == {"backbone": "toy:gpt2", "dataset": "permutations", "split": "test", "decoding": "greedy"}
+    told = {"large_model_id": "Qwen/Qwen3-8B", "task_name": "gsm8k", "temperature": 0.7, "top_p": 0.8, "top_k": 20}
+    assert reported.of_parameters(told)["decoding"] == "temperature 0.7, top_p 0.8, top_k 20"
+    assert reported.of_parameters({"val_config_options": "gsm8k-aug-test/latent_thinking"})["dataset"] == "gsm8k-aug"
+
+
+def test_a_headline_with_many_measures_lies_on_its_side_and_sentences_stay_out(make, tmp_path):
+    wide = {f"measure_{index}": float(index) for index in range(12)}
+    page = report.write([make(one=wide, two=wide)], tmp_path / "r.html").read_text()
+    assert '<th scope="col">measure</th>' in page and "<td>measure 11</td>" in page
+    page = report.write([make(1, one={"x": 1.0, "story": "a" * 40})], tmp_path / "s.html").read_text()
+    assert "a" * 40 not in page.split('id="run-')[0]
 
 
 def test_what_did_not_finish_is_said(make, tmp_path):

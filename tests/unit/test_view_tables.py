@@ -32,6 +32,10 @@ def test_gold_intermediates_are_the_results_of_the_steps():
     assert is_gold("1,200", gold_values({"steps": ["<<600*2=1200>>"]})) and not is_gold("", gold_values({"steps": ["="]}))
 
 
+def test_a_step_in_words_has_its_last_word_as_result():
+    assert gold_values({"steps": ("op3 5", "Every a is a wumpus.")}) == {"op3 5", "5", "every a is a wumpus", "wumpus"}
+
+
 def test_gold_is_marked_by_sign_and_counted_per_step():
     drawn = view.thoughts(thinking())
     assert drawn.table()["gold"].tolist() == [True, False, False, True, False, True]
@@ -178,6 +182,14 @@ def test_a_training_is_read_while_it_is_written(tmp_path):
         and "accuracy" in drawn.text()
         and "×" in drawn.text()
     )
+
+
+def test_a_second_part_that_begins_anew_is_no_rollback(tmp_path):
+    lines = [{"step": s, "loss": 1.0, "seconds": 2.0} for s in (5, 10, 15, 5, 10, 10)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = view.training(tmp_path)
+    assert not drawn.frame["discarded"].any() and drawn.frame["label"].tolist() == [""] * 3 + ["part 2"] * 3
+    assert drawn.names == ["loss"] and "discarded" not in drawn.text()
 
 
 def test_a_step_is_found_while_it_runs_and_after_it_was_renamed(tmp_path):
