@@ -179,7 +179,6 @@ class LatentGRPOTrainer(Guarded, GRPOTrainer):
             self._batch = {}
         self._measure(told[0], inputs)
         self.signals = {"rl/loss": self.signals.get("rl/loss", 0.0) + loss.detach()}
-        self._metrics["train"]["loss"].append(float(loss.detach()) * self.current_gradient_accumulation_steps)
         return loss
 
     def _measure(self, logps: Tensor, inputs: dict[str, Tensor]) -> None:
@@ -206,6 +205,7 @@ class LatentGRPOTrainer(Guarded, GRPOTrainer):
         if step == getattr(self, "_finished_step", -1):
             return  # the Trainer calls once more at the end of the epoch
         self._finished_step = step
+        self._metrics["train"]["loss"].append(self.values["rl/loss"] / world_size())
         self._metrics["train"]["grad_norm"].append(self.gradient_norm)
         validated = self._validate_if_due(step)
         if step % self.s.log_every == 0 or step == self.s.steps:

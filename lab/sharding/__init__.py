@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lab.errors import SettingsError
+
 Sharding = Literal["ddp", "fsdp"]
 
 
@@ -26,7 +28,10 @@ def shard(module: nn.Module, device: torch.device) -> nn.Module:
     """Moves `module` to `device` and leaves each process its piece of every parameter; transformers' Trainer then wraps it no further."""
     from torch.distributed.fsdp import fully_shard
 
-    fully_shard(module.to(device), reshard_after_forward=False)
+    scalars = {name: parameter for name, parameter in module.named_parameters() if not parameter.dim()}
+    if learning := [name for name, parameter in scalars.items() if parameter.requires_grad]:
+        raise SettingsError(f"{learning[0]} is a single number that learns, which FSDP cannot shard; set sharding to ddp.")
+    fully_shard(module.to(device), reshard_after_forward=False, ignored_params=set(scalars.values()))
     module.set_reduce_scatter_unused_params(True)  # a micro-batch of one process may use a parameter that another's does not
     module.is_distributed_loading_by_transformers = True
     module.used = _Used(module)

@@ -1,4 +1,4 @@
-"""Training Think-at-Hard: labels, losses, both ways of step 2, thresholds, arms, two processes, the recipes."""
+"""Training Think-at-Hard: labels, losses, both ways of step 2, thresholds, arms, the recipes."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from torch.nn import functional as F
 
 from lab import papers
 from lab.errors import DataError, SettingsError
-from lab.launch import launch
 from lab.methods.tah import toy
 from lab.methods.tah.config import DeciderLossSettings, TahConfig
 from lab.methods.tah.data import build_example, collate
@@ -17,7 +16,6 @@ from lab.methods.tah.plan import describe
 from lab.methods.tah.score import Point, calibrate, differences, score_tokens, sweep_thresholds
 from lab.methods.tah.training import build_arm, choose_threshold, train_model, train_step2, with_mlp
 from lab.models.backbones import load_backbone
-from lab.models.layouts import load
 from lab.train import TrainSettings
 
 CONFIG = TahConfig.check(input_updater_kwargs={"topk": 5}, adapter_kwargs={"r": 4, "lora_alpha": 8, "lora_dropout": 0.0})
@@ -223,24 +221,6 @@ def test_continuing_a_released_decider_keeps_it(backbone):
     kept, fresh = with_mlp(model, **MLP, threshold=0.8), with_mlp(model, **{**MLP, "hidden_dims": [8, 16]})
     assert torch.equal(kept.decider.backbone.input_projection.weight, model.decider.backbone.input_projection.weight)
     assert kept.decider.effective_threshold == pytest.approx(0.8) and fresh.decider.backbone.blocks[0].dim_change is not None
-
-
-@pytest.mark.slow
-def test_two_processes_train_what_one_does(tmp_path):
-    from lab.methods.tah.labels import Labelling
-    from lab.methods.tah.prepare import Preparation
-    from lab.methods.tah.stages import label, run_arm
-
-    label(tmp_path / "label", Preparation(train=64, validation=8, test=8, base_steps=2), Labelling(shards=2))
-    shared = {"label": str(tmp_path / "label"), "tah": CONFIG.model_dump(exclude_defaults=True), "examples": {}}
-    training = {"steps": 3, "global_batch": 8, "lr": 1e-3, "save_every": 0, "order": "as_given"}
-    found = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        launch(run_arm, processes, arm="tah", folder=str(folder), training=training, show=lambda line: None, **shared)
-        found.append(load(folder / "tah"))
-    for (name, first), (_, second) in zip(*(model.named_parameters() for model in found), strict=True):
-        torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("recipe", papers.recipes("tah"))

@@ -81,6 +81,8 @@ class Thinker:
         self.layers = decoder.config.num_hidden_layers
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copied to another process: asked before there is a decoder
+            raise AttributeError(name)
         return getattr(self.decoder, name)
 
     def __call__(self, *args: Any, **options: Any) -> Out:

@@ -64,8 +64,9 @@ class CustomGRPOTrainer(LatentGRPOTrainer):
         """
         loss = super()._compute_loss(model, inputs)
         if self.thinking.credit == "pathwise":
-            loss = loss + self.thinking.how.weight * self.thinking.error.mean() / self.current_gradient_accumulation_steps
-        self._metrics["train"]["loss"].append(float(loss.detach()) * self.current_gradient_accumulation_steps)
+            credit = self.thinking.how.weight * self.thinking.error.mean() / self.current_gradient_accumulation_steps
+            self.signals["rl/loss"] = self.signals["rl/loss"] + credit.detach()
+            loss = loss + credit
         return loss
 
     # ---- monitoring ----

@@ -1,0 +1,52 @@
+"""Every trainer gives with two gloo processes, copied (ddp) or sharded (fsdp), what it gives with one: same global batch, same losses."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import trainer_targets as targets
+
+from lab import launch as launching
+from lab import train
+
+pytestmark = pytest.mark.slow
+SHARDINGS = ("ddp", "fsdp")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return launching.launch(targets.every, 2, folder=str(tmp_path_factory.mktemp("two")), shardings=SHARDINGS)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return targets.every(tmp_path_factory.mktemp("one"), ("ddp",))
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("name", targets.TRAINERS)
+def test_two_processes_train_as_one_does(one, two, name, sharding):
+    alone, together = one["ddp", name], two[sharding, name]
+    assert (alone["world"], together["world"]) == (1, 2)
+    assert len(alone["gradients"]) >= 2 and max(alone["gradients"]) > 0
+    for what in ("losses", "rewards", "gradients", "weights"):
+        assert together[what] == pytest.approx(alone[what], abs=2e-6, rel=2e-4), what
+
+
+@pytest.mark.parametrize("name", targets.TRAINERS)
+def test_the_training_can_be_handed_to_other_processes_and_its_weights_come_back(one, name, tmp_path, monkeypatch):
+    """As `launch` does it, files included, but without the seconds that a start of processes takes."""
+
+    def handed(function, processes, on_row=None, **arguments):
+        launching._save((function, arguments), tmp_path / "asked")
+        function, arguments = launching._read(tmp_path / "asked")
+        launching._save(function(**arguments), tmp_path / "result")
+        return launching._read(tmp_path / "result")
+
+    monkeypatch.setattr(train, "launch", handed)
+    monkeypatch.setattr(train, "send_row", lambda row: targets.files.append_line(tmp_path / "training" / "metrics.jsonl", row))
+    found = targets.measured(name, tmp_path / "training", processes=2)
+    for what in ("losses", "gradients", "weights"):
+        assert found[what] == pytest.approx(one["ddp", name][what], abs=1e-7, rel=1e-6), what
