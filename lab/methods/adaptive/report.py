@@ -171,10 +171,15 @@ def folder_of(step_folder: Path) -> Path:
 
 
 def models_of(step: Any, device: str = "cpu") -> dict[str, AdaptiveModel]:
-    """The models of a run by step: train, then rl where it took part."""
+    """The models of a run: every arm of train, then of rl where it took part; a step's own one last, under the step's name."""
     import lab
 
-    found = {name: lab.load(folder_of(step.input(name)), device=device) for name in ("train", "rl") if step.has(name)}
+    found = {}
+    for name in ("train", "rl"):
+        paths = sorted(path.parent for path in step.input(name).glob("*/lab.json")) if step.has(name) else []
+        for path in sorted(paths, key=lambda path: path.name == "model"):
+            own = len(paths) == 1 or path.name == "model"
+            found[name if own else f"{name}, {path.name}"] = lab.load(path, device=device)
     if not found:
         step.input("train")  # says how to make it
     return found
