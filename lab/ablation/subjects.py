@@ -19,7 +19,7 @@ class Subject:
 
     Attributes:
         questions: what `generate` is asked. gold: the answer to each, as `right` (answer, gold) wants it; equal ones are the same answer.
-        options: of `generate`. about: a line that says what this is.
+        options: of `generate`. name: the paper of its run, else its method. about: a line that says what this is.
     """
 
     model: LatentModel
@@ -27,6 +27,7 @@ class Subject:
     gold: Sequence[Any]
     right: Callable[[Response, Any], bool]
     options: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
     about: str = ""
 
     def first(self, count: int) -> "Subject":
@@ -73,7 +74,9 @@ def of_benchmark(model: str | LatentModel, benchmark: str, data: str = "", **opt
     asked = lab.load_benchmark(benchmark, "test", data)
     loaded = model if isinstance(model, LatentModel) else lab.load(model)
     right = lambda row, gold: bool(score(row.text, gold, benchmark).lenient_correct)  # noqa: E731
-    return Subject(loaded, list(asked), [e.answer for e in asked], right, options, f"{loaded.method}, {loaded.source}: {benchmark}")
+    return Subject(
+        loaded, list(asked), [e.answer for e in asked], right, options, loaded.method, f"{loaded.method}, {loaded.source}: {benchmark}"
+    )
 
 
 def of_run(run: Run, arm: str = "", inside: Path = Path()) -> Subject:
@@ -97,7 +100,7 @@ def of_run(run: Run, arm: str = "", inside: Path = Path()) -> Subject:
         there = sorted(str(path.parent.relative_to(run.folder)) for path in run.folder.glob(f"[!.]*/**/{MANIFEST}"))
         raise unknown("model in this run", str(folder.relative_to(run.folder)), there)
     found = ask(folder, values)
-    return replace(found, about=f"{found.model.method}, {folder}: {len(found.questions)} questions")
+    return replace(found, name=paper, about=f"{paper}, {folder}: {len(found.questions)} questions")
 
 
 def _of_examples(

@@ -12,6 +12,7 @@ from lab.progress import progress
 from lab.stats import mean_interval, paired_difference, proportion_interval
 
 INTERLEAVED = ("dtt", "tah")  # thoughts stand between words, so that what is said decides how many follow
+AT_ONCE = ("lta", "softcot")  # thoughts do not depend on each other
 OWN = "as they are"
 
 
@@ -45,7 +46,7 @@ def ablate(
     edits: list[tuple[str, str, Edit]] = [(n, "vector", Replaced(own, *INTERVENTIONS[n], seed=seed)) for n in interventions]
     for step in range(min(each, own.vectors.shape[1])):
         edits.append((f"without thought {step + 1}", "thought", Replaced(own, without(step))))
-        if own.fixed and step + 1 < own.vectors.shape[1]:
+        if subject.model.method not in (*INTERLEAVED, *AT_ONCE) and step + 1 < own.vectors.shape[1]:
             edits.append((f"without {step + 1}, rest kept", "thought", Replaced(own, without(step, frozen=True))))
     rows = [run.row(OWN, "own", run.answers, run.answers)]
     for name, kind, edit in progress(edits, label="interventions"):
