@@ -217,8 +217,8 @@ def _overrides(pipe: Pipeline, overrides: Mapping[str, str] | Iterable[str]) -> 
     texts = overrides if isinstance(overrides, Mapping) else dict(split_override(item) for item in overrides)
     found: dict[str, dict[str, Any]] = {spec.step: {} for spec in pipe.steps}
     for name, text in sorted(texts.items(), key=lambda item: "." in item[0]):
-        step, _, bare = name.rpartition(".")
-        targets = [pipe.spec(step)] if step else pipe.steps
+        step, dot, bare = name.rpartition(".")
+        targets = [pipe.spec(step)] if dot else pipe.steps
         known = {spec.step: parameters_of(spec.path) for spec in targets}
         if bare in OWN:
             raise SettingsError("The run folder is chosen with --run, not with -p run=….")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import provenance
-from lab.errors import RunError
+from lab.errors import BusyError, RunError
 from lab.files import lock, make_folder, read_json, write_json, write_text, writing
 from lab.records import STEP, StepRecord
 
@@ -129,7 +129,7 @@ class Run:
 
     def record(self, facts: dict[str, Any] | None = None, **changed: dict[str, Any]) -> None:
         """Rebuilds the manifest's steps from the step files; `facts` are about the run, `changed` ({step: facts}) about steps."""
-        mutex = _wait_lock(self.folder / ".manifest.lock")
+        mutex = wait_lock(self.folder / ".manifest.lock", f"{self.folder} is being written")
         with mutex:
             manifest = {**self.manifest, **(facts or {})}
             steps = {**manifest["steps"], **{name: {**manifest["steps"].get(name, {}), **about} for name, about in changed.items()}}
@@ -143,12 +143,13 @@ class Run:
             write_json(self.folder / MANIFEST, manifest)
 
 
-def _wait_lock(path: Path, seconds: float = 20.0) -> Any:
+def wait_lock(path: Path, refusal: str, seconds: float = 20.0) -> Any:
+    """`lock`, which the present holder has so many seconds to give back."""
     end = time.monotonic() + seconds
     while True:
         try:
-            return lock(path, f"{path.parent} is being written")
-        except RunError:
+            return lock(path, refusal)
+        except BusyError:
             if time.monotonic() > end:
                 raise
             time.sleep(0.05)

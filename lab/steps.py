@@ -3,6 +3,7 @@
 import csv
 import io
 import logging
+import os
 import shutil
 import sys
 import time
@@ -12,9 +13,9 @@ from typing import Any
 
 from lab import provenance
 from lab.errors import RunError, SettingsError, unknown
-from lab.files import append_line, file_digest, lock, plain, read_json, write_json, write_text, writing
+from lab.files import append_line, file_digest, plain, read_json, write_json, write_text, writing
 from lab.records import METRICS, RESULTS, STEP, StepRecord, fingerprint
-from lab.runs import Run, latest, new_folder, now, put_in_place
+from lab.runs import Run, latest, new_folder, now, put_in_place, wait_lock
 
 log = logging.getLogger(__name__)
 _open_steps: list["Step"] = []
@@ -98,7 +99,8 @@ class Step:
     def __init__(self, run: Run, name: str, parameters: dict[str, Any], spec: Any) -> None:
         self.run, self.name, self.parameters, self._spec = run, name, parameters, spec
         self.folder = run.folder / f".{name}.partial"
-        self._lock = lock(run.folder / f".{name}.lock", f"Step {name} of {run.folder} is running already; stop that process first")
+        dying = 20.0 if "LAB_RUN" in os.environ else 0.0  # the kernel of a killed command ends by itself, within moments
+        self._lock = wait_lock(run.folder / f".{name}.lock", f"Step {name} of {run.folder} is running already; stop that process", dying)
         self._started = time.monotonic()
         mark, data = fingerprint(spec, parameters, run.folder)
         self.resumed = self._can_take_up(mark)
