@@ -22,7 +22,8 @@ class Benchmark:
 
     `answer`: number | letter | latex | yesno | truefalse | sentence (decides the lenient rules); `strict`: the default strict
     rule; `fields`: our field name -> the hub's; `splits`: our split name -> the hub's; `subset` "*" means all of them;
-    `stems`: other beginnings of official file names; `letters`: the option letters that exist; `relative`: tolerance of GSM-Hard.
+    `stems`: other beginnings of official file names, `files`: whole ones by split; `letters`: the option letters that exist;
+    `relative`: tolerance of GSM-Hard.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Benchmark:
     fields: Mapping[str, str] = field(default_factory=dict)
     splits: Mapping[str, str] = field(default_factory=dict)
     stems: tuple[str, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
     letters: str = records.LETTERS
     relative: float = 0.0
 
@@ -45,7 +47,7 @@ _TABLE = [
     Benchmark("multiarith", "number", "codi", "ChilleD/MultiArith"),
     Benchmark("svamp", "number", "codi", "ChilleD/SVAMP", fields={"question": "question_concat"}),
     Benchmark("math500", "latex", "tah-latex", "HuggingFaceH4/MATH-500", fields={"id": "unique_id"}),
-    Benchmark("math", "latex", "tah-latex", "DigitalLearningGmbH/MATH-lighteval"),
+    Benchmark("math", "latex", "tah-latex", "DigitalLearningGmbH/MATH-lighteval", files={"train": "math_gsmstyle", "test": "math500_gsm"}),
     Benchmark("openr1_math", "latex", "tah-latex", "open-r1/OpenR1-Math-220k", "default", fields={"id": "uuid"}),
     Benchmark("amc23", "number", "tah-latex", "math-ai/amc23"),
     Benchmark("aime24", "number", "tah-expr", "Maxwell-Jia/AIME_2024", splits={"test": "train"}),
@@ -58,7 +60,16 @@ _TABLE = [
     Benchmark("arc_e", "letter", "tah-string", "allenai/ai2_arc", "ARC-Easy", letters="ABCDE"),
     Benchmark("arc_c", "letter", "tah-string", "allenai/ai2_arc", "ARC-Challenge", letters="ABCDE"),
     Benchmark("aqua", "letter", "lta-aqua", "deepmind/aqua_rat", "raw", letters="ABCDE"),
-    Benchmark("date_understanding", "letter", "lta-aqua", "tasksource/bigbench", "date_understanding", letters="ABCDEF", stems=("du",)),
+    Benchmark(
+        "date_understanding",
+        "letter",
+        "lta-aqua",
+        "tasksource/bigbench",
+        "date_understanding",
+        letters="ABCDEF",
+        stems=("du",),
+        files={"test": "date_understanding_gsm_style"},
+    ),
     Benchmark("commonsenseqa", "letter", "codi-letters", "zen-E/CommonsenseQA-GPT4omini", splits={"test": "validation"}, letters="ABCDE"),
     Benchmark("strategyqa", "yesno", "lta-strategyqa", "ChilleD/StrategyQA"),
     Benchmark("prosqa", "sentence", "coconut"),
@@ -139,7 +150,7 @@ def _examples(entry: Benchmark, split: str, rows: Iterable[tuple[str, Mapping[st
 def _example(entry: Benchmark, split: str, index: int, place: str, record: Mapping[str, Any]) -> Example:
     try:
         found = records.parts(record)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise DataError(f"{place} has no known shape ({type(error).__name__}: {error}).") from None
     for name in ("question", "answer"):
         if found.get(name) is None or not str(found[name]).strip():
@@ -209,6 +220,7 @@ def _fallback(split: str) -> list[str]:
 def _named(entry: Benchmark, split: str, folder: Path) -> Path | None:
     for name in _SPLIT_FILES.get(split, (split,)):
         stems = [name, f"{name}_socratic", f"gsm_style_{name}", *(f"{stem}_{name}" for stem in (entry.name, *entry.stems))]
+        stems += [entry.files[split]] if split in entry.files else []
         for base in (folder / entry.name, folder):
             if found := _first_of(base, stems):
                 return found
