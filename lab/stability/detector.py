@@ -180,7 +180,7 @@ class Detector:
             if self.seen >= guard.level_ema:
                 self.best_ema[name] = min(self.best_ema.get(name, mean), mean)
             best = self.best_ema.get(name, math.inf)
-            if mean <= guard.level_ratio * best + guard.level_margin or signals.step <= self.warmup:
+            if mean <= _above(best, guard.level_ratio) + guard.level_margin or signals.step <= self.warmup:
                 self.above_since.pop(name, None)
             elif signals.step - self.above_since.setdefault(name, signals.step) + 1 >= guard.level_steps:
                 worst = Verdict("diverged", f"level of {name}", self.above_since[name], {name: mean, "best": best})
@@ -199,7 +199,7 @@ class Detector:
     def _still_learning(self) -> bool:
         """Whether the training loss stands at its best: then a falling score is overfitting, not divergence."""
         names = [name for name in self.guard.level_on if name in self.best_ema]
-        return bool(names) and all(self.ema[name] <= 1.05 * self.best_ema[name] + 1e-3 for name in names)
+        return bool(names) and all(self.ema[name] <= _above(self.best_ema[name], 1.05) + 1e-3 for name in names)
 
     def state(self) -> dict[str, Any]:
         """Everything remembered, as JSON can hold it."""
@@ -220,6 +220,11 @@ _PLAIN = ("nonfinite", "spikes", "bursts", "ema", "best_ema", "above_since", "se
 
 def _speaks(verdict: Verdict) -> bool:
     return verdict.action != "ok"
+
+
+def _above(value: float, ratio: float) -> float:
+    """`ratio` times `value`, away from it in the same direction where it is negative (a density's logarithm may be)."""
+    return value + (ratio - 1) * abs(value)
 
 
 def _robust_z(value: float, past: Median, guard: Guard) -> float:

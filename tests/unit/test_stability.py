@@ -33,6 +33,13 @@ def test_stationary_noise_with_outliers_raises_no_alarm(seed):
     assert judge(noisy(3_000, seed, sigma=0.5, outliers=0.03)) is None
 
 
+def test_a_loss_below_zero_is_watched_as_others_are():
+    settled = [value - 2.0 for value in noisy(1000, level=1.0)]
+    assert judge(settled) is None, "a density's loss at its best is no divergence"
+    step, verdict = judge([*settled[:500], *(value + 3.0 for value in settled[500:])])
+    assert verdict.rule == "level of loss" and step < 800
+
+
 @pytest.mark.parametrize("name", ["codi", "loss"])
 def test_a_sustained_spike_of_one_component_is_caught_at_its_onset(name):
     series = noisy(400)
