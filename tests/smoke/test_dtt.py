@@ -281,6 +281,26 @@ def test_bad_input_is_answered_in_a_sentence(tmp_path):
         model.generate([[1, 2]], max_new_tokens=4)
 
 
+def test_a_model_without_a_gate_and_a_toy_on_real_data_are_refused(tmp_path):
+    from lab.methods.dtt.stages import fresh, run_arm
+
+    made().backbone.save_pretrained(tmp_path / "plain")
+    with pytest.raises(SettingsError, match="no gated model; step warm_up"):
+        run_arm("pathwise", str(tmp_path / "plain"), str(tmp_path), "permutations", {"steps": 1}, {}, {})
+    with pytest.raises(SettingsError, match="name a pretrained backbone for 'gsm8k'"):
+        fresh("toy:gpt2", "gsm8k", {}, 0)
+    assert fresh("toy:gpt2", "permutations", {"gate": "hrpo"}, 0).tokenizer("####").input_ids
+
+
+def test_reasoning_that_collapses_to_nothing_is_said_once(tmp_path, caplog, monkeypatch):
+    import lab.methods.dtt.trainer as trainer
+    from lab.methods.dtt.reward import Span
+
+    monkeypatch.setattr(trainer, "find_span", lambda *_: Span(0, 1))
+    trained(tmp_path, settings=SETTINGS.but(steps=2))
+    assert caplog.text.count("reasons for no token at all") == 1
+
+
 def test_a_tracker_that_is_not_there_is_named_before_anything_starts(tmp_path, monkeypatch):
     import importlib.util
 

@@ -159,15 +159,14 @@ def evaluate(path: str) -> Values:
     from lab.evaluate import Decoding
     from lab.methods.dtt.data import prepare
     from lab.methods.dtt.evaluate import evaluate_gated
-    from lab.methods.dtt.stages import TOY, examples
-    from lab.models.layouts import load
+    from lab.methods.dtt.stages import TOY, examples, gated_model
 
     found, out = read_yaml(path, EVAL), {"decoding": {}}
     _place(out, found, EVAL)
     if not out.get("checkpoint"):
         raise SettingsError("The YAML names no checkpoint (model_checkpoint_path).")
     own = Path(out["checkpoint"], "lab.json").is_file()
-    model = load(out["checkpoint"], **({} if own or "backbone" not in out else {"backbone": out["backbone"]}))
+    model = gated_model(out["checkpoint"], **({} if own or "backbone" not in out else {"backbone": out["backbone"]}))
     model.gate.temperature, model.gate.hard = out.get("temperature", 1.0), out.get("hard", True)
     asked = examples(_dataset(found), out.get("split", "test"), 64 if _dataset(found) == TOY else 0, data=out.get("data", ""))
     kept = set(prepare(asked, model.tokenizer, model.config, out.get("max_prompt_length", 10**6)).ids)

@@ -15,7 +15,7 @@ from lab.errors import RunError, SettingsError
 from lab.evaluate import Decoding
 from lab.latent.sampling import Sampling
 from lab.launch import on_main
-from lab.methods.dtt.config import BOT, EOT, GatedSettings, LoraSettings
+from lab.methods.dtt.config import BOT, EOT, MARKER, GatedSettings, LoraSettings
 from lab.methods.dtt.data import WrittenRow, collate, prepare
 from lab.methods.dtt.evaluate import evaluate_gated, judge
 from lab.methods.dtt.model import SparseGatedModel
@@ -53,10 +53,23 @@ def fresh(backbone: str, benchmark: str, gated: dict[str, Any], seed: int) -> Sp
     s = GatedSettings.check(**gated)
     torch.manual_seed(seed)
     if benchmark != TOY:
+        if backbone.startswith("toy:"):
+            raise SettingsError(
+                f"{backbone!r} knows no words but those of benchmark = {TOY}; name a pretrained backbone for {benchmark!r}."
+            )
         return SparseGatedModel.start(load_backbone(backbone), load_tokenizer(backbone), s)
-    tokenizer = word_tokenizer(Permutations(table_seed=seed).vocabulary, special=(BOT, EOT))
+    words = [*Permutations(table_seed=seed).vocabulary, *([MARKER] if s.gate == "hrpo" else [])]
+    tokenizer = word_tokenizer(words, special=(BOT, EOT))
     shape = SHAPE if backbone == "toy:gpt2" else {}
     return SparseGatedModel.start(load_backbone(backbone, vocab_size=len(tokenizer), seed=seed, **shape), tokenizer, s)
+
+
+def gated_model(path: Path | str, **options: Any) -> SparseGatedModel:
+    """The gated model at `path`, in any layout; SettingsError for a model without a gate."""
+    model = load(path, **options)
+    if not isinstance(model, SparseGatedModel):
+        raise SettingsError(f"{path} is no gated model; step warm_up with backbone={str(path)!r} gives it a gate and the format.")
+    return model
 
 
 def run_warm_up(
@@ -132,7 +145,7 @@ def run_arm(
     if arm not in ARMS:
         raise SettingsError(f"There is no arm {arm!r}; choose among {', '.join(ARMS)}.")
     chosen, settings, reward = dict(ARMS[arm]), RLSettings.check(**rl), RewardSettings.check(**rewards)
-    learner = load(model, dtype="float32") if gated is None else fresh(model, benchmark, gated, seed)
+    learner = gated_model(model, dtype="float32") if gated is None else fresh(model, benchmark, gated, seed)
     learner.gate.forced = chosen.pop("forced", "")
     learner.settings = learner.config.but(forced=learner.gate.forced).model_dump(mode="json")
     if lora and lora.get("rank"):
@@ -198,7 +211,7 @@ def evaluate_arms(
     there = {"warm_up": start / "model"} | {arm: trained / arm for arm in ARMS if (trained / arm).is_dir()}
     decoding, table = Decoding.check(**how), {}
     for arm, path in there.items():
-        table[arm] = evaluate_gated(load(path), asked, benchmark, folder / arm, decoding, label=arm, **options)
+        table[arm] = evaluate_gated(gated_model(path), asked, benchmark, folder / arm, decoding, label=arm, **options)
     return table
 
 
@@ -214,6 +227,6 @@ def differences(table: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 def trace_of(path: Path, questions: Sequence[Example], seed: int, max_new_tokens: int, temperature: float, drawn: bool):
     """The trace of a checkpoint's answers, judged; `seed` keys the draws."""
-    model = load(path)
+    model = gated_model(path)
     answers = model.generate(questions, sampling=Sampling(temperature=temperature), max_new_tokens=max_new_tokens, seed=seed, drawn=drawn)
     return answers.trace(questions, lambda text, gold: judge(text, Example("", "", (), gold), "", model.config.gate))

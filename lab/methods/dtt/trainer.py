@@ -22,6 +22,10 @@ NEVER = (
     "No completion of the first step is [bot] … [eot] answer: every correctness is the malformed one, so nothing but the penalties "
     "would be learned. Warm the model up on that format first (step warm_up), or put [bot] into the prompt (bot_in_prompt)."
 )
+NOTHING = (
+    "Every well-formed completion of step %d reasons for no token at all: shorter is rewarded even where it costs answers. "
+    "Look at the accuracy at each length, and lower lambda_penalty."
+)
 log = logging.getLogger(__name__)
 
 
@@ -31,6 +35,7 @@ class CustomGRPOTrainer(LatentGRPOTrainer):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self._told: list[dict[str, Any]] = []
+        self._told_nothing = False
 
     def _roll_out(self, prompts: list[list[int]], trainer: Any) -> dict[str, Any]:
         self.thinking.at(self.state.global_step / self.s.steps)
@@ -88,6 +93,9 @@ class CustomGRPOTrainer(LatentGRPOTrainer):
         step = self.state.global_step + 1
         if step == 1 and s.gate == "dtt" and not any(spans):
             log.warning(NEVER)
+        if not self._told_nothing and any(spans) and not any(span.tokens for span in spans if span):
+            self._told_nothing = True
+            log.warning(NOTHING, step)
         if rank() == 0 and (step % self.s.log_every == 0 or step == 1):
             rows = self._examples(step, inputs, ids, rewards, split, spans)
             own, rest = ([g for pair in split for g in pair[side]] for side in (0, 1))
