@@ -1,9 +1,9 @@
-"""Weights saved while peft wrapped the model: the backbone's own names, and the low-rank pairs added to what they adapt."""
+"""Low-rank adapters by peft: put around a backbone; and saved weights read: own names, pairs added to what they adapt."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lab.errors import CheckpointError
+from lab.errors import CheckpointError, SettingsError
 from lab.models.loading import State
 
 WRAPPED = "base_model.model."
@@ -28,3 +28,22 @@ def merged(body: State, alpha: float) -> State:
         change = (alpha / A.shape[0]) * (B.float() @ A.float())
         state[name] = state[name].float() + (change if change.shape == state[name].shape and "transformer.h." not in name else change.T)
     return state
+
+
+def with_adapters(backbone, rank: int, alpha: float, targets: Sequence[str], dropout: float = 0.0, **more: Any) -> Any:
+    """`backbone` wrapped by peft, frozen but for adapters on the modules `targets`; itself where `rank` is 0.
+
+    Args:
+        more: further settings of peft's LoraConfig.
+
+    SettingsError where the backbone has none of `targets`.
+    """
+    if rank == 0:
+        return backbone
+    from peft import LoraConfig, get_peft_model
+
+    shape = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": list(targets), "bias": "none"}
+    try:
+        return get_peft_model(backbone, LoraConfig(**shape, fan_in_fan_out=backbone.config.model_type == "gpt2", **more))
+    except ValueError as error:
+        raise SettingsError(f"LoRA found none of {', '.join(targets)} in this backbone; name modules that it has.") from error

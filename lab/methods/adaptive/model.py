@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lab.errors import DataError, SettingsError, unknown
+from lab.errors import DataError, unknown
 from lab.methods.adaptive.config import TOKENS, AdaptiveSettings
 from lab.models.decoder import Out, decoder_for
 from lab.models.latent_model import LatentModel
+from lab.models.peft_state import with_adapters
 from lab.models.tokenizers import require
 
 FILTERS = ("MLP", "linear", "linear_ln", "linear_ECF", "SRE", "none")
@@ -194,16 +195,7 @@ class AdaptiveModel(LatentModel):
 
     def add_lora(self, rank: int, alpha: float, dropout: float, targets: list[str]) -> None:
         """Freezes the backbone, puts LoRA into its linears, and gives the special tokens modules of their own (2B.1)."""
-        from peft import LoraConfig, get_peft_model
-
-        adapters = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none")
-        try:
-            wrapped = get_peft_model(self.backbone, adapters)
-        except ValueError as error:
-            raise SettingsError(
-                f"LoRA found none of {', '.join(targets)} in this backbone: choose the target modules of its family."
-            ) from error
-        self.__dict__["lora"] = wrapped
+        self.__dict__["lora"] = with_adapters(self.backbone, rank, alpha, targets, dropout)
         if self.config.latent and not self.config.special:
             self._specials_to_modules()
         self.__dict__.pop("_thinker", None)

@@ -12,6 +12,7 @@ from lab.methods.codi.config import CodiSettings, lora_targets
 from lab.methods.codi.data import question_text
 from lab.models.decoder import decoder_for
 from lab.models.latent_model import LatentModel
+from lab.models.peft_state import with_adapters
 from lab.models.tokenizers import require
 
 
@@ -122,17 +123,4 @@ class CodiModel(LatentModel):
 
 def with_lora(backbone, s: CodiSettings):
     """`backbone` wrapped by peft with the official targets, or itself where `lora_r` is 0."""
-    if s.lora_r == 0:
-        return backbone
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=s.lora_r,
-        lora_alpha=s.lora_alpha,
-        lora_dropout=s.lora_dropout,
-        target_modules=lora_targets(backbone.config.model_type),
-        fan_in_fan_out=backbone.config.model_type == "gpt2",
-        bias="none",
-    )
-    return get_peft_model(backbone, config)
+    return with_adapters(backbone, s.lora_r, s.lora_alpha, lora_targets(backbone.config.model_type), s.lora_dropout, task_type="CAUSAL_LM")

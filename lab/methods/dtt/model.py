@@ -18,6 +18,7 @@ from lab.methods.dtt.config import BOT, EOT, GatedSettings, LoraSettings
 from lab.methods.dtt.gate import ResidualGate, SparseGate
 from lab.models.decoder import decoder_for, unwrap
 from lab.models.latent_model import LatentModel
+from lab.models.peft_state import with_adapters
 from lab.models.tokenizers import add_tokens, require
 
 TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"]}
@@ -97,24 +98,11 @@ class SparseGatedModel(LatentModel):
     # ---- adapters ----
     def add_lora(self, s: LoraSettings) -> None:
         """Freezes the backbone but for adapters and, where asked for, the rows of [bot] and [eot], in table and tied head alike."""
-        from peft import LoraConfig, get_peft_model
-
         targets = s.targets or TARGETS.get(self.backbone.config.model_type, LLAMA_TARGETS)
         own = [i for i in (self.config.bot_id, self.config.eot_id) if i >= 0] if s.token_rows else []
         rows = {table_name(self.backbone): own} if own else None
-        how = LoraConfig(
-            r=s.rank,
-            lora_alpha=s.alpha or 2 * s.rank,
-            lora_dropout=s.dropout,
-            target_modules=targets,
-            bias="none",
-            fan_in_fan_out=self.backbone.config.model_type == "gpt2",
-            trainable_token_indices=rows,
-        )
-        try:
-            self.backbone = get_peft_model(self.backbone, how)
-        except ValueError as error:
-            raise SettingsError(f"LoRA found none of {', '.join(targets)} in this backbone; name modules that it has.") from error
+        alpha = s.alpha or 2 * s.rank
+        self.backbone = with_adapters(self.backbone, s.rank, alpha, targets, s.dropout, trainable_token_indices=rows)
         _no_bias()
         self.__dict__.pop("decoder", None)
 
