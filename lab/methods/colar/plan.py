@@ -12,7 +12,7 @@ from lab.rl import RLSettings
 from lab.train import TrainSettings
 
 MODEL = ("max_compression_factor", "latent_loss", "sqrt_mean", "lp_intermediate_size", "lora_r", "lora_alpha", "official_padding")
-SHARED = ("global_batch", "micro_batch", "weight_decay", "clip", "bf16", "save_every", "seed")
+SHARED = ("global_batch", "micro_batch", "weight_decay", "clip", "bf16", "save_every", "seed", "processes", "sharding", "report_to")
 
 
 def model_settings(given: Mapping[str, Any]) -> ColarSettings:
@@ -43,7 +43,7 @@ def rl_settings(given: Mapping[str, Any]) -> RLSettings:
     size = {"steps": given["rl_steps"], "prompts": given["rl_prompts"], "samples": given["rl_samples"], "lr": given["rl_lr"]}
     size |= {"micro_batch": given["micro_batch"], "longest": given["thoughts"] + 1 + given["max_new_tokens"]}
     loss = "grpo" if given["average_per_token_loss"] else "dr_grpo"
-    rest = {"weight_decay": given["weight_decay"], "save_every": given["save_every"], "seed": given["seed"], "bf16": given["bf16"]}
+    rest = {name: given[name] for name in ("weight_decay", "save_every", "seed", "bf16", "processes", "sharding", "report_to")}
     return RLSettings.check(**size, loss_type=loss, schedule="constant", clip=1.0, **rest)
 
 

@@ -17,7 +17,7 @@ def gated_settings(v: Values) -> Values:
 
 def warm_up_training(v: Values) -> dict[str, Values]:
     """`training` and `gated_training` of `run_warm_up`, each empty where it has no steps."""
-    names = ("global_batch", "micro_batch", "weight_decay", "bf16", "save_every", "seed")
+    names = ("global_batch", "micro_batch", "weight_decay", "bf16", "save_every", "report_to", "sharding", "seed")
     shared = {name: v[name] for name in names} | {"order": "as_given", "schedule": "cosine", "log_every": 50}
 
     def of(steps: int, lr: float) -> Values:
@@ -31,7 +31,7 @@ def rl_arguments(v: Values, model: str) -> Values:
     same = ("prompts", "samples", "longest", "iterations", "schedule", "betas", "clip", "beta", "epsilon", "loss_type", "scale_rewards")
     other = {"steps": "rl_steps", "micro_batch": "rl_micro_batch", "temperature": "sampling_temperature", "lr": "lr_body"}
     other |= {"warmup_steps": "rl_warmup_steps", "weight_decay": "rl_weight_decay"}
-    rl = {name: v[name] for name in (*same, "save_every", "bf16", "report_to", "log_every", "seed")}
+    rl = {name: v[name] for name in (*same, "save_every", "bf16", "report_to", "sharding", "log_every", "seed")}
     rl |= {ours: v[name] for ours, name in other.items()}
     return {
         "model": model,

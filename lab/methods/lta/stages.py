@@ -206,6 +206,7 @@ def run(folder: str, values: dict[str, Any]) -> dict[str, float]:
         warmup_ratio=values["warmup_ratio"],
         seed=values["seed"],
         report_to=values["report_to"],
+        sharding=values["sharding"],
         eval_every=200 if held_out else 0,
     )
     result = train(model, rows[held_out:], settings, Path(folder) / f"training-{values['method']}", rows[:held_out])

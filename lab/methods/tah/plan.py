@@ -15,7 +15,7 @@ Values = dict[str, Any]
 def training_settings(values: Values) -> Values:
     """The `TrainSettings` of a train step's parameters, as plain values."""
     names = ("steps", "epochs", "global_batch", "micro_batch", "order", "lr", "warmup_steps", "warmup_ratio", "weight_decay", "clip")
-    own = {name: values[name] for name in (*names, "bf16", "eval_every", "save_every", "report_to", "seed")}
+    own = {name: values[name] for name in (*names, "bf16", "eval_every", "save_every", "report_to", "sharding", "seed")}
     if values["stage"] == 2:
         own["eval_every"] = 0
     return own | {"betas": [0.9, values["beta2"]], "schedule": "cosine_with_min_lr", "min_lr_ratio": 0.1, "log_every": 10}
