@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import queue
+import socket
 import subprocess
 import tempfile
 import threading
@@ -146,9 +147,10 @@ class Slurm:
 
 
 class Ray:
-    """A task for each run on a Ray cluster. address: as ray.init takes it ("auto": the one this machine belongs to; "local": a new one).
+    """A task for each run on a Ray cluster: the one this process is connected to, else that at `address`.
 
-    options: further ones as a Ray task takes them (resources, scheduling_strategy, …).
+    address: as ray.init takes it ("auto": the one this machine belongs to; "local": a new one here). options: further ones as a Ray
+    task takes them (resources, scheduling_strategy, …).
     """
 
     def __init__(self, jobs: int, needs: Needs = Needs(), address: str = "auto", options: dict[str, Any] | None = None) -> None:
@@ -162,17 +164,25 @@ class Ray:
             self._task = ray.remote(on_worker).options(max_retries=0, **{name: n for name, n in asked.items() if n}, **(options or {}))
         except (ValueError, TypeError) as error:
             raise SettingsError(f"--option: {str(error).splitlines()[0]}") from None
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster started here reports to nobody
-        try:
-            ray.init(address, ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise DeviceError(f"No Ray cluster at {address!r} (ray start --head makes one): {str(error).splitlines()[0]}") from None
+        self._mine = not ray.is_initialized()
+        if self._mine:
+            self._connect(address)
         self._running: set[Any] = set()
         try:
             self._check({"GPU": needs.gpus, "CPU": needs.cpus or 1, "memory": asked["memory"], **(options or {}).get("resources", {})})
         except DeviceError:
-            ray.shutdown()
+            self.__exit__()
             raise
+
+    def _connect(self, address: str) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster started here reports to nobody
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        try:
+            if port.isdigit():  # Ray itself would try for minutes
+                socket.create_connection((host, int(port)), 5).close()
+            self._ray.init(address, log_to_driver=False, logging_level="ERROR")
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DeviceError(f"No Ray cluster at {address!r} (ray start --head makes one): {str(error).splitlines()[0]}") from None
 
     def _check(self, wanted: dict[str, float]) -> None:
         """Ray itself would wait for ever for a node that has all of `wanted`."""
@@ -186,7 +196,8 @@ class Ray:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ray.shutdown()
+        if self._mine:
+            self._ray.shutdown()
 
     def attempt(self, command: list[str]) -> str:
         if self._stopped:

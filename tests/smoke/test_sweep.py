@@ -2,12 +2,16 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
-from lab import pool, sweep
+from lab import files, pool, sweep
 from lab.engines import Local, Needs, Slurm
-from lab.errors import DeviceError, SettingsError
+from lab.errors import BusyError, DeviceError, SettingsError
 from lab.records import StepRecord, results_of
 
 
@@ -64,6 +68,109 @@ def test_a_cluster_that_is_not_there_or_an_option_it_does_not_know(tmp_path):
     if not shutil.which("srun"):
         with pytest.raises(DeviceError, match="No slurm cluster can be reached"):
             Slurm(tmp_path, 1)
+
+
+def test_a_grid_or_a_list_over_papers_recipes_and_parameters(bench, tmp_path):
+    grid = sweep.points_of("mini", "toy, long", {"seed": "0,1"})
+    assert [(point.recipe, point.values["seed"]) for point in grid] == [("toy", "0"), ("toy", "1"), ("long", "0"), ("long", "1")]
+    path = tmp_path / "points.yaml"
+    path.write_text("- {count: 2}\n- {count: 3, recipe: long}\n- {count: 2}\n")
+    listed = sweep.points_of("mini", "toy", {}, sweep.read_points(path))
+    assert [(point.recipe, point.values) for point in listed] == [("toy", {"count": "2"}), ("long", {"count": "3"})], "each one once"
+    both = sweep.points_of("mini", "toy", {"seed": "0,1"}, [{"count": 2}])
+    assert [point.values for point in both] == [{"count": "2", "seed": "0"}, {"count": "2", "seed": "1"}]
+    for text, words in {"3": "must hold a list of points", "- 3": "list of points", "[]": "list of points is empty"}.items():
+        path.write_text(text)
+        with pytest.raises(SettingsError, match=words):
+            sweep.points_of("mini", "toy", {}, sweep.read_points(path))
+
+
+def test_a_long_point_still_has_a_folder_name():
+    names = {sweep.point_name({"text": "x" * 300, "seed": str(seed)}) for seed in range(3)}
+    assert len(names) == 3 and all(len(name.encode()) <= 150 for name in names)
+
+
+def test_recipes_side_by_side_have_one_table_and_a_figure_with_intervals(bench):
+    points = [{"recipe": "toy", "seed": 0}, {"recipe": "toy", "seed": 1}, {"recipe": "toy-claims", "seed": 0}]
+    result = sweep.run_sweep("mini", "toy", {}, Local(2), listed=points)
+    assert len(result.runs) == 3 and not result.failed
+    totals = {row["recipe"]: row["total"] for row in result.rows if "total" in row}
+    assert (totals["toy"]["n"], totals["toy-claims"]["n"]) == (2, 1) and totals["toy"]["low"] < totals["toy"]["mean"]
+    figure = result.folder / "figures" / "total.svg"
+    assert figure in result.figures and "low" in figure.with_suffix(".csv").read_text().splitlines()[0]
+    assert "<svg" in result._repr_mimebundle_()["text/html"]
+    again = sweep.run_sweep("mini", "toy", {}, Scripted([]), listed=points)
+    assert again.skipped == 3 and again.rows == result.rows, "no process was started for what is finished"
+
+
+def test_the_board_shows_every_run_under_way(tmp_path):
+    tasks = [pool.Task(name, "mini", "toy", {}, tmp_path / name) for name in "abc"]
+    for task, loss in zip(tasks[:2], ("loss 0.5", "loss 0.7"), strict=True):
+        live = {
+            "step": "train 2/4",
+            "cell": "cell 3/9",
+            "loop": "steps 5/20",
+            "metric": loss,
+            "share": 0.5,
+            "device": "cpu",
+            "memory_mib": 2048,
+        }
+        files.write_json(task.folder / pool.LIVE, live)
+    board = pool.Board("sweep", tasks, slots=2)
+    with board.running(tasks[0]), board.running(tasks[1]):
+        text = board.text()
+    assert text.startswith("sweep 0/3") and [line.split()[0] for line in text.splitlines()[1:]] == [
+        "run",
+        "-" * len(text.splitlines()[2]),
+        "a",
+        "b",
+    ]
+    assert all(word in text for word in ("train 2/4", "steps 5/20", "loss 0.7", "2.0 GiB", "cpu", "left"))
+
+
+def test_an_interrupted_sweep_stops_its_runs_and_the_same_command_takes_them_up(bench):
+    out = sweep.sweep_folder("mini", "toy-claims")
+    command = [sys.executable, "-m", "lab.cli", "sweep", "mini", "-p", "seed=0,1,2", "-p", "pause_s=20", "-p", "count=2", "--jobs", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    numbers = [next_to(out, seed) for seed in (0, 1)]
+    until(lambda: all(path.exists() for path in numbers) or process.poll() is not None)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and "Stopped. What has finished is kept; the same command takes up the rest." in error
+    for seed in (0, 1):
+        files.lock(numbers[seed].parents[1] / ".lock", "the run should be over").close()
+        assert numbers[seed].read_text().split()
+    assert not next_to(out, 2).exists()
+
+
+def next_to(out, seed):
+    return out / f"count=2,pause_s=20,seed={seed}" / ".draw.partial" / "numbers.txt"
+
+
+def until(true, seconds=120.0):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_the_runs_of_a_killed_sweep_end_too(bench):
+    out = sweep.sweep_folder("mini", "toy-claims")
+    command = [sys.executable, "-m", "lab.cli", "sweep", "mini", "-p", "seed=0", "-p", "pause_s=60", "-p", "count=2"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    path = out / "count=2,pause_s=60,seed=0"
+    until(lambda: (path / ".draw.partial" / "numbers.txt").exists())
+    process.kill()
+    process.wait()
+
+    def free():
+        try:
+            files.lock(path / ".lock", "").close()
+        except BusyError:
+            return False
+        return True
+
+    until(free, 60.0)
 
 
 def test_the_time_left_follows_the_expected_times(tmp_path, monkeypatch):
