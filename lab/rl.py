@@ -6,11 +6,12 @@ two log-probabilities is measured at every step: where it is not zero up to roun
 Axes: Q prompts, N samples each, R = Q·N rows, P prompt columns, C completion columns.
 """
 
+import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,6 +77,29 @@ class Thinking(Protocol):
     def reference(self) -> AbstractContextManager:
         """Inside, `log_probs` is that of the model before training."""
         ...
+
+
+class WithReference:
+    """A `Thinking` whose reference is a copy of its `model`; `_active` is what log-probabilities are taken from, or None: the model."""
+
+    model: nn.Module
+    _held: Any = None
+    _active: Any = None
+
+    def hold_reference(self) -> None:
+        """Keeps the model as it is now as the reference."""
+        self._held = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, log-probabilities are those of `hold_reference`."""
+        if self._held is None:
+            raise SettingsError("No reference is held; call hold_reference() before training.")
+        self._active = self._held
+        try:
+            yield
+        finally:
+            self._active = None
 
 
 class RLSettings(Common):

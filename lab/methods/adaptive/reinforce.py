@@ -27,7 +27,7 @@ from lab.methods.adaptive.config import COLON, CONTINUE, MARKER, START, STOP
 from lab.methods.adaptive.data import first_number
 from lab.methods.adaptive.model import AdaptiveModel, Thinker
 from lab.methods.adaptive.policy import Adaptive
-from lab.rl import Acts, Completions
+from lab.rl import Acts, Completions, WithReference
 
 TOLERANCE = 1e-6
 
@@ -149,7 +149,7 @@ def _good(text: str, label: str) -> bool:
 # ---- rollout and update ----
 
 
-class AdaptiveThinking:
+class AdaptiveThinking(WithReference):
     """The adaptive side of `lab.rl`: stops are drawn, thoughts follow from the prompt, the update makes them again.
 
     Args:
@@ -163,36 +163,28 @@ class AdaptiveThinking:
         if most < 1:
             raise SettingsError(f"most = {most}: at least one thought must be allowed.")
         self.model, self.most, self.share = model, most, share
-        self._reference: tuple[AdaptiveModel | None, Thinker] | None = None
-        self._active: Thinker | None = None
+        self._bare = False  # the reference is the backbone without its adapters
 
     @property
     def thinker(self) -> Thinker:
         """The thinker that log-probabilities are taken from now."""
-        return self._active or self.model.thinker
+        active = self._active or self.model
+        return active if isinstance(active, Thinker) else active.thinker
 
     def hold_reference(self) -> None:
         """Keeps the model as it is now as the reference: a copy, or where LoRA is fresh the backbone without it and the parts."""
-        if "lora" in self.model.__dict__ and not any(
-            bool(p.any()) for name, p in self.model.backbone.named_parameters() if ".lora_B." in name
-        ):
-            parts = copy.deepcopy(self.model.parts).eval()
-            self._reference = (None, Thinker(self.model.thinker.decoder, parts, self.model.config))
+        fresh = [not p.any() for name, p in self.model.backbone.named_parameters() if ".lora_B." in name]
+        self._bare = "lora" in self.model.__dict__ and all(fresh)
+        if self._bare:
+            self._held = Thinker(self.model.thinker.decoder, copy.deepcopy(self.model.parts).eval(), self.model.config)
         else:
-            held = copy.deepcopy(self.model).eval().requires_grad_(False)
-            self._reference = (held, held.thinker)
+            super().hold_reference()
 
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, log-probabilities are those of `hold_reference`."""
-        if self._reference is None:
-            raise SettingsError("No reference is held; call hold_reference() before training.")
-        held, self._active = self._reference
-        try:
-            with self.model.adapters_off() if held is None else nullcontext():
-                yield
-        finally:
-            self._active = None
+        with super().reference(), self.model.adapters_off() if self._bare else nullcontext():
+            yield
 
     def act(self, prompts: list[list[int]], samples: int, draws: Keyed, *, temperature: float, longest: int) -> Acts:
         """Completions of the prompts; see `lab.rl.Thinking`."""

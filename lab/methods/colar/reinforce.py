@@ -5,9 +5,7 @@ Gaussian, averaged over the width as published; the separator's is its share at 
 Axes: R rows, P prompt columns, C completion columns, T thoughts, D width.
 """
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from lab.latent.sampling import Sampling
 from lab.methods.colar.model import ColarModel
 from lab.methods.colar.objective import Experience, log_normal, log_probs
 from lab.methods.colar.policy import ColarPolicy
-from lab.rl import Acts, Completions, RLSettings, reinforce
+from lab.rl import Acts, Completions, RLSettings, WithReference, reinforce
 from lab.train import TrainResult
 
 KEPT = ("thoughts", "logprob", "stop_prob", "density")
@@ -49,7 +47,7 @@ class Acting(ColarPolicy):
         return x
 
 
-class ColarThinking:
+class ColarThinking(WithReference):
     """CoLaR's side of `lab.rl`.
 
     Args:
@@ -63,23 +61,6 @@ class ColarThinking:
         if most < 1 or reduction not in ("mean", "sum"):
             raise SettingsError(f"most = {most}, reduction = {reduction!r}: at least one thought, and mean or sum.")
         self.model, self.most, self.reduction = model, most, reduction
-        self._held: ColarModel | None = None
-        self._active: ColarModel | None = None
-
-    def hold_reference(self) -> None:
-        """Keeps a copy of the model as it is now."""
-        self._held = copy.deepcopy(self.model).eval().requires_grad_(False)
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Inside, log-probabilities are those of `hold_reference`."""
-        if self._held is None:
-            raise SettingsError("No reference is held; call hold_reference() before training.")
-        self._active = self._held
-        try:
-            yield
-        finally:
-            self._active = None
 
     def act(self, prompts: list[list[int]], samples: int, draws: Keyed, *, temperature: float, longest: int) -> Acts:
         """Completions of the prompts (which end with the separator); see `lab.rl.Thinking`."""
