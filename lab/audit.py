@@ -1,8 +1,10 @@
 """Looking twice: are a run's files as written, does a run repeat itself, is this machine fit to run anything."""
 
 import importlib.metadata
+import importlib.util
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from typing import Any
 
 from lab import papers, pipeline, provenance
 from lab.errors import RunError
-from lab.files import file_digest, make_folder
+from lab.files import file_digest, make_folder, read_json
 from lab.records import results_of
 from lab.runs import open_run
 from lab.tables import Row, arms, table_text
@@ -96,12 +98,13 @@ def doctor() -> list[dict[str, Any]]:
     checks: list[tuple[str, bool, Callable[[], tuple[bool, str]], str]] = [
         ("python", True, _python, "Install Python 3.11, 3.12 or 3.13 and make a new environment."),
         ("packages", True, _packages, "Install them: pip install -c constraints.txt -e .[test]"),
-        ("torch", True, _torch, "Install a torch build for this driver: see https://pytorch.org/get-started/locally"),
+        ("torch", True, _torch, "Install a torch build for this driver, or a newer driver: https://pytorch.org/get-started/locally"),
         ("kernel", True, _kernel, "Register one: python -m ipykernel install --sys-prefix"),
         ("papers", True, _papers, "Run inside a checkout, or set LAB_HOME to one."),
         ("outputs", True, _outputs, "Set LAB_OUTPUTS to a folder you may write to."),
         ("disk", False, _disk, "Free some space, or set LAB_OUTPUTS to another disk."),
-        ("hub", False, _hub, "For gated models: hf auth login. Toy recipes need no hub."),
+        ("hub", False, _hub, "For gated models: hf auth login; without network: HF_HUB_OFFLINE=1. Toy recipes need no hub."),
+        ("engines", False, _engines, "For sweeps on a cluster: pip install -e '.[slurm]' (and Slurm's sbatch), or '.[ray]'."),
         ("browser", False, _browser, "Only the browser tests need it: apt-get install chromium, or playwright install chromium."),
     ]
     return [_check(*check) for check in checks]
@@ -139,17 +142,32 @@ def _packages() -> tuple[bool, str]:
 def _torch() -> tuple[bool, str]:
     import torch
 
-    driver = shutil.which("nvidia-smi")
     if torch.cuda.is_available():
+        torch.zeros(1, device="cuda")  # a build without this card's kernels fails here
         return True, f"{torch.__version__}, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return driver is None, f"{torch.__version__}, CPU only" + (", although nvidia-smi is there" if driver else "")
+    if shutil.which("nvidia-smi") is None:
+        return True, f"{torch.__version__}, CPU only"
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for CPUs only"
+    return False, f"{torch.__version__}, {built}, sees no GPU; driver {_driver()}"
+
+
+def _driver() -> str:
+    """The driver's version and the newest CUDA it can run, as nvidia-smi says."""
+    done = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20)
+    found = re.search(r"Driver Version:\s*([\d.]+)\s+CUDA Version:\s*([\d.]+)", done.stdout)
+    return f"{found[1]}, up to CUDA {found[2]}" if found else f"silent ({(done.stderr or done.stdout).strip()[:80] or done.returncode})"
 
 
 def _kernel() -> tuple[bool, str]:
     from jupyter_client.kernelspec import KernelSpecManager
 
     found = KernelSpecManager().find_kernel_specs()
-    return "python3" in found, found.get("python3", "no kernel named python3")
+    if "python3" not in found:
+        return False, "no kernel named python3"
+    command = read_json(Path(found["python3"]) / "kernel.json")["argv"][0]
+    there = shutil.which(command) if command not in ("python", "python3") else sys.executable
+    same = there is not None and Path(there).resolve() == Path(sys.executable).resolve()
+    return same, found["python3"] + ("" if same else f" starts {command}, which is not this Python")
 
 
 def _papers() -> tuple[bool, str]:
@@ -167,11 +185,28 @@ def _disk() -> tuple[bool, str]:
 
 
 def _hub() -> tuple[bool, str]:
-    from huggingface_hub import constants, get_token
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from lab.hub import reachable
 
     if constants.HF_HUB_OFFLINE:
         return True, "offline mode (HF_HUB_OFFLINE)"
-    return get_token() is not None, "a token is set" if get_token() else "no token"
+    if not reachable():
+        return False, f"{constants.ENDPOINT} does not answer"
+    if (token := get_token()) is None:
+        return False, f"{constants.ENDPOINT} answers; no token"
+    try:
+        return True, f"{constants.ENDPOINT} answers; token of {HfApi().whoami(token)['name']}"
+    except HfHubHTTPError:
+        return False, f"{constants.ENDPOINT} answers, but refuses the token"
+
+
+def _engines() -> tuple[bool, str]:
+    found = {name: importlib.util.find_spec(package) is not None for name, package in (("slurm", "submitit"), ("ray", "ray"))}
+    found["slurm"] = found["slurm"] and shutil.which("sbatch") is not None
+    there = [name for name, ok in found.items() if ok]
+    return bool(there), ", ".join(["local", *there])
 
 
 def _browser() -> tuple[bool, str]:

@@ -23,21 +23,21 @@ def recipes(ctx: typer.Context, incomplete: str) -> list[str]:
     """Recipes of the paper named earlier on the line."""
     from lab import papers as shelf
 
-    return _starting(incomplete, lambda: shelf.recipes(ctx.params["paper"]))
+    return _starting(incomplete, lambda: shelf.recipes(_paper(ctx)))
 
 
 def steps(ctx: typer.Context, incomplete: str) -> list[str]:
     """Its steps."""
     from lab import papers as shelf
 
-    return _starting(incomplete, lambda: [spec.step for spec in shelf.pipeline(ctx.params["paper"]).steps])
+    return _starting(incomplete, lambda: [spec.step for spec in shelf.pipeline(_paper(ctx)).steps])
 
 
 def parameters(ctx: typer.Context, incomplete: str) -> list[str]:
     """Its parameters, as in `seed=`."""
     from lab import papers as shelf
 
-    return _starting(incomplete, lambda: [f"{name}=" for name in shelf.pipeline(ctx.params["paper"]).parameters()])
+    return _starting(incomplete, lambda: [f"{name}=" for name in shelf.pipeline(_paper(ctx)).parameters()])
 
 
 def runs(incomplete: str) -> list[str]:
@@ -52,6 +52,11 @@ def runs(incomplete: str) -> list[str]:
 def engines(incomplete: str) -> list[str]:
     """Names of engines."""
     return _starting(incomplete, lambda: ["local", "slurm", "ray"])
+
+
+def _paper(ctx: typer.Context) -> str:
+    """The paper on the line; the parser leaves it among the rest where an option still waits for its value."""
+    return ctx.params["paper"] or next(iter(ctx.args), "")
 
 
 def _starting(incomplete: str, names: Callable[[], Any]) -> list[str]:

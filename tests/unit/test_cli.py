@@ -9,7 +9,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from lab import cli
+from lab import audit, cli
 from lab.pipeline import StepFailed
 
 
@@ -119,6 +119,70 @@ def test_the_doctor_says_what_to_do(bench, monkeypatch, capsys):
     monkeypatch.setattr("sys.version_info", (3, 9, 0))
     status, out, _ = call(monkeypatch, capsys, "doctor")
     assert status == 1 and "NO python" in out and "Install Python 3.11" in out
+
+
+SMI = "#!/bin/sh\necho '| NVIDIA-SMI 470.1   Driver Version: 470.1   CUDA Version: 11.4 |'\n"
+
+
+def test_the_doctor_holds_the_torch_build_against_the_driver(monkeypatch, tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine's driver fits")
+    (tmp_path / "nvidia-smi").write_text(SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    check = audit._check("torch", True, audit._torch, "advice")
+    assert not check["ok"] and "sees no GPU; driver 470.1, up to CUDA 11.4" in check["found"]
+    assert "CPUs only" in check["found"] or f"CUDA {torch.version.cuda}" in check["found"]
+
+
+def test_the_doctor_tells_a_hub_that_does_not_answer_from_a_token_that_is_missing(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.setattr("lab.hub.reachable", lambda: False)
+    assert audit._hub()[1].endswith("does not answer")
+    monkeypatch.setattr("lab.hub.reachable", lambda: True)
+    assert audit._hub() == (False, "https://huggingface.co answers; no token")
+
+
+def test_the_doctor_sees_a_kernel_of_another_python(monkeypatch, tmp_path):
+    (tmp_path / "kernels" / "python3").mkdir(parents=True)
+    (tmp_path / "kernels" / "python3" / "kernel.json").write_text('{"argv": ["/elsewhere/python"]}')
+    monkeypatch.setattr(
+        "jupyter_client.kernelspec.KernelSpecManager.find_kernel_specs", lambda _: {"python3": str(tmp_path / "kernels/python3")}
+    )
+    ok, found = audit._kernel()
+    assert not ok and "starts /elsewhere/python, which is not this Python" in found
+
+
+@pytest.mark.parametrize(
+    ("shell", "words"), [("bash", ["COMP_WORDS", "complete "]), ("zsh", ["#compdef lab"]), ("fish", ["complete ", "--command lab"])]
+)
+def test_each_shell_gets_its_completion(shell, words):
+    done = CliRunner().invoke(cli.app, [], prog_name="lab", env={"_LAB_COMPLETE": f"source_{shell}"})
+    assert done.exit_code == 0 and all(word in done.output for word in words), done.output
+    assert "--install-completion" in CliRunner().invoke(cli.app, ["--help"]).output
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("lab swe", {"sweep"}),
+        ("lab run ", {"mini"}),
+        ("lab run mini --recipe ", {"toy", "toy-claims", "long"}),
+        ("lab run mini --from d", {"draw", "double"}),
+        ("lab run mini -p c", {"count="}),
+        ("lab run nothing --recipe ", set()),
+        ("lab sweep mini --engine ", {"local", "slurm", "ray"}),
+        ("lab run mini --rec", {"--recipe"}),
+    ],
+)
+def test_the_shell_is_offered_what_may_stand_there(bench, line, offered):
+    words = line.split() + ([""] if line.endswith(" ") else [])
+    environment = {"_LAB_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    done = CliRunner().invoke(cli.app, [], prog_name="lab", env=environment)
+    assert set(done.output.split()) == offered
 
 
 @pytest.mark.parametrize(
