@@ -1,4 +1,4 @@
-"""Thoughts decoded: one row a step, the candidates it decodes to, and which of them are gold intermediate results."""
+"""Thoughts decoded: one column a thought, the candidates it decodes to, and which of them are gold intermediate results."""
 
 import re
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _LABELS = {"stop_prob": "stop probability", "norm": "norm", "similarity": "cosin
 
 @dataclass(frozen=True, repr=False)
 class Thoughts(View):
-    """Steps by candidates; see `lab.view.thoughts`."""
+    """Candidates by thoughts; see `lab.view.thoughts`."""
 
     trace: Trace
     candidates: int = 5
@@ -82,16 +82,13 @@ class Thoughts(View):
         return "\n".join(lines)
 
     def _block(self, sample: dict[str, Any]) -> str:
-        part = self.rows[(self.rows[SAMPLE] == [sample[name] for name in SAMPLE]).all(axis=1)]
-        head = ["step", *(f"rank {k + 1}" for k in range(self._wide())), *(_LABELS.get(name, escape(name)) for name in self.measures)]
-        rows = [self._row(row) for row in part.to_dict("records")]
+        part = self.rows[(self.rows[SAMPLE] == [sample[name] for name in SAMPLE]).all(axis=1)].to_dict("records")
+        columns = [[_candidate(*one) for one in zip(row["top_texts"], row["top_probs"], row["gold"], strict=True)] for row in part]
+        ranks = [[f"rank {k + 1}", *(cells[k] if k < len(cells) else "" for cells in columns)] for k in range(self._wide())]
+        measures = [[_LABELS.get(name, escape(name)), *(_measure(name, row[name]) for row in part)] for name in self.measures]
         gold = "✓ gold intermediate of " + ", ".join(map(escape, sample["steps"])) if sample["steps"] else "no gold steps recorded"
-        return f'<article class="sample">{header(sample)}{grid(head, rows, gold, "thoughts")}</article>'
-
-    def _row(self, row: dict[str, Any]) -> list[str]:
-        measures = [_measure(name, row[name]) for name in self.measures]
-        cells = [_candidate(*one) for one in zip(row["top_texts"], row["top_probs"], row["gold"], strict=True)][: self._wide()]
-        return [str(row["step"]), *cells, *[""] * (self._wide() - len(cells)), *measures]
+        table = grid(["thought", *(str(row["step"]) for row in part)], [*ranks, *measures], gold, "thoughts")
+        return f'<article class="sample">{header(sample)}{table}</article>'
 
     def _line(self, row: dict[str, Any], width: int, color: bool) -> str:
         stop = "" if row["stop_prob"] != row["stop_prob"] else f" stop {row['stop_prob']:.2f} {text_bar(row['stop_prob'], 6)}"

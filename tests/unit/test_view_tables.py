@@ -1,6 +1,7 @@
 """Thoughts, distributions, samples, training. Run: pytest tests/unit/test_view_tables.py"""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -45,6 +46,8 @@ def test_gold_is_marked_by_sign_and_counted_per_step():
         and "&lt;b&gt;" in drawn.html()
         and "<b>" not in drawn.table()["text"].iloc[:4].tolist()
     )
+    page = drawn._block(drawn.trace.samples.to_dict("records")[0])  # thoughts are columns, candidates rows
+    assert re.findall(r'scope="col">(\w+)', page) == ["thought", "0", "1", "2"] and 'scope="row">rank 1<' in page
     assert "9✓ 0.70" in drawn.text(color=False) and "\x1b" not in drawn.text(color=False)
 
 
