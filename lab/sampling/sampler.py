@@ -54,8 +54,14 @@ class Sampler(Settings):
         return Noisy(policy, Noise(sigma=self.strength, relative=self.relative, where=self.where))
 
     def masks(self, model: LatentModel, count: int | None) -> DropoutRegime | None:
-        """The dropout regime for `count` thoughts (None = open); SettingsError for a model without dropout sites."""
-        return DropoutRegime(dropout(self.regime, self.strength, model.decoder), count) if self.by == "dropout" else None
+        """The dropout regime for `count` thoughts (None = open); SettingsError for a model without dropout sites.
+
+        Where thoughts stand mixed into the words (DTT), words are read under dropout as thoughts are.
+        """
+        if self.by != "dropout":
+            return None
+        settings = dropout(self.regime, self.strength, model.decoder)
+        return DropoutRegime(settings.but(answer=True) if model.method == "dtt" else settings, count)
 
     def options(self, model: LatentModel, thoughts: int = 0) -> dict[str, Any]:
         """What `model.generate` must be told, beside its budgets; `thoughts` 0 = what the model was trained with."""

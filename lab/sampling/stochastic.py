@@ -71,10 +71,11 @@ def dropout(regime: str, p: float, decoder=None) -> Dropout:
 
 
 class Noisy:
-    """A policy whose thoughts carry noise; everything else is the policy's own."""
+    """A policy whose thoughts carry noise, also those it reads mixed into its words; everything else is the policy's own."""
 
     def __init__(self, policy: Policy, noise: Noise):
         self._policy, self._noise = policy, noise
+        self._mixes = getattr(type(policy), "mixed", Policy.mixed) is not Policy.mixed
         self._ahead: Tensor | None = None
         self._loop: object = None
 
@@ -100,11 +101,22 @@ class Noisy:
         rows.h = clean
         return thought
 
+    def read(self, token: Tensor, rows: Rows) -> Tensor:
+        """(R, D) what is read of the tokens just said, noisy where it holds a thought."""
+        if not self._mixes:
+            return self._policy.read(token, rows)
+        if self._noise.where == "after":
+            x = self._policy.read(token, rows)
+            return torch.where(self._policy.mixed(token, rows).which[:, None], self._disturb(x, rows), x)
+        clean, rows.h = rows.h, self._disturb(rows.h, rows)
+        x, rows.h = self._policy.read(token, rows), clean
+        return x
+
     def _disturb(self, x: Tensor, rows: Rows) -> Tensor:
         if self._ahead is not None and rows.write is self._loop:
             eps = self._ahead[rows.thoughts, rows.index]
         else:
-            eps = rows.draws.normal(rows.thoughts, Stream.THOUGHT, (x.shape[-1],))
+            eps = rows.draws.normal(rows.thoughts + rows.said, Stream.THOUGHT, (x.shape[-1],))
         if not self._noise.relative:
             return (x.float() + self._noise.sigma * eps).to(x.dtype)
         scale = x.float().pow(2).mean(-1, keepdim=True).sqrt()

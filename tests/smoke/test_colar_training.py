@@ -12,7 +12,7 @@ from lab.methods.colar.data import collate, group
 from lab.methods.colar.objective import advantages, clipped, loss
 from lab.methods.colar.policy import generate
 from lab.methods.colar.reinforce import Acting, ColarThinking, rewards_of, train_rl
-from lab.methods.colar.stages import decoding, deviation, evaluate
+from lab.methods.colar.stages import decoding, deviation, evaluate, start
 from lab.methods.colar.train import Batches, collator, count, prepare, train, warm_up
 from lab.models.layouts import load
 from lab.rl import Completions, RLSettings, gap
@@ -165,3 +165,21 @@ def test_evaluation_counts_thoughts_and_caps(model):
     assert row["thoughts"] <= 3 and 0 <= row["capped"] <= 1 and len(found.rows) == 4
     assert deviation(model, toy.examples("test", 4, 0)) > 0
     assert collator(model.config)
+
+
+def test_a_model_with_adapters_is_saved_whole_and_trains_on_under_new_ones(tmp_path):
+    settings = ColarSettings.check(lora_r=4, max_compression_factor=2, lp_intermediate_size=16)
+    model = toy.untrained("toy:llama", 0, settings)
+    with torch.no_grad():
+        for name, parameter in model.backbone.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    asked, exact = toy.examples("test", 3, 0), {**decoding(True), "speed": 1, "thoughts": 4, "vectors": True}
+    want = model.eval().generate(asked, **exact)
+    model.save(tmp_path / "model")
+    assert hasattr(model.backbone, "merge_and_unload"), "saving leaves the model as it was"
+    again = start("toy:llama", str(tmp_path / "model"), settings, 0)
+    found = again.eval().generate(asked, **exact)
+    assert [row.ids for row in found.rows] == [row.ids for row in want.rows]
+    torch.testing.assert_close(torch.stack(found.vectors), torch.stack(want.vectors), atol=1e-4, rtol=1e-4)
+    assert {name.split(".")[-3] for name, p in again.backbone.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}

@@ -3,6 +3,7 @@
 The head works in standardised units: its target is an embedding divided by `embeds_std`, a sample is multiplied by it.
 """
 
+import copy
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Self
@@ -15,6 +16,7 @@ from lab.methods.colar.config import SEPARATOR, ColarSettings
 from lab.methods.colar.data import question_text, speed_text
 from lab.models.decoder import decoder_for
 from lab.models.latent_model import LatentModel
+from lab.models.peft_state import with_adapters
 from lab.models.tokenizers import require
 
 
@@ -65,6 +67,19 @@ class ColarModel(LatentModel):
         s = settings.but(embeds_std=std, **ids)
         return cls.build(with_lora(backbone, s), tokenizer, s.model_dump(mode="json"))
 
+    def adapt(self, s: ColarSettings) -> None:
+        """Freezes the backbone under new adapters as `s` says, so that a saved model (whose adapters are merged) can be trained further."""
+        if s.lora_r and not hasattr(self.backbone, "merge_and_unload"):
+            self.backbone, self.settings = with_lora(self.backbone, s), {**self.settings, "lora_r": s.lora_r, "lora_alpha": s.lora_alpha}
+            self.__dict__.pop("decoder", None)
+
+    def _write(self, folder, backbone_name: str) -> None:
+        if not hasattr(self.backbone, "merge_and_unload"):
+            super()._write(folder, backbone_name)
+            return
+        whole = ColarModel(copy.deepcopy(self.backbone).merge_and_unload(), self.tokenizer, {**self.settings, "lora_r": 0}, self.parts)
+        whole._write(folder, "")
+
     @property
     def config(self) -> ColarSettings:
         """The settings, checked."""
@@ -105,10 +120,4 @@ def separator_id(tokenizer) -> int:
 
 def with_lora(backbone, s: ColarSettings):
     """`backbone` frozen but for adapters on the query and value projections, or itself where `lora_r` is 0."""
-    if s.lora_r == 0:
-        return backbone
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(
-        backbone, LoraConfig(task_type="CAUSAL_LM", r=s.lora_r, lora_alpha=s.lora_alpha, target_modules=["q_proj", "v_proj"])
-    )
+    return with_adapters(backbone, s.lora_r, s.lora_alpha, ["q_proj", "v_proj"], task_type="CAUSAL_LM")

@@ -7,6 +7,7 @@ from typing import Any
 
 from lab.data.answers import strict
 from lab.data.examples import Dataset, Example
+from lab.files import read_lines
 from lab.latent.record import Responses
 from lab.latent.sampling import Sampling
 from lab.methods.colar import toy
@@ -32,7 +33,9 @@ def start(backbone: str, checkpoint: str, settings: ColarSettings, seed: int, dt
     import lab
 
     if checkpoint:
-        return lab.load(checkpoint, method="colar")
+        model = lab.load(checkpoint, method="colar")
+        model.adapt(settings)
+        return model
     if backbone.startswith("toy:"):
         return toy.untrained(backbone, seed, settings)
     from lab.models.backbones import load_backbone
@@ -77,6 +80,23 @@ def evaluate(
 def table(model: ColarModel, data: Sequence[Example], speeds: Sequence[int], **options: Any) -> list[dict[str, float]]:
     """One row a speed."""
     return [{"speed": speed, **evaluate(model, data, speed, **options)[0]} for speed in speeds]
+
+
+def both_ways(model: ColarModel, data: Sequence[Example], speeds: Sequence[int], **options: Any) -> list[dict[str, Any]]:
+    """`table` with the likeliest thoughts and words, and with all of them drawn, as training by reinforcement sees them."""
+    ways = {"greedy": decoding(True), "drawn": decoding(False)}
+    return [{"decoding": name, **row} for name, way in ways.items() for row in table(model, data, speeds, **way, **options)]
+
+
+def learnt(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """What reinforcement changed: {speed, decoding: accuracy and thoughts before and after}, and the largest log-probability gap."""
+    told: dict[str, Any] = {}
+    for old, new in zip(before, after, strict=True):
+        found = {f"{name} {when}": row[name] for name in ("accuracy", "thoughts") for when, row in (("before", old), ("after", new))}
+        found |= {"gain": new["accuracy"] - old["accuracy"], "fewer": old["thoughts"] - new["thoughts"]}
+        told[f"speed {old['speed']}, {old['decoding']}"] = found
+    gaps = [row["logp_gap"] for row in read_lines(folder / "metrics.jsonl") if "logp_gap" in row]
+    return told | {"largest_logp_gap": max(gaps)} if gaps else told
 
 
 def headline(rows: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
