@@ -15,13 +15,16 @@ _DATASETS = ("world", "benchmarks", "benchmark", "val_config_options", "task_nam
 _TEMPERATURES = ("eval_temperature", "temperature")
 
 
-def compared(paper: str, ours: Mapping[str, str], results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+def compared(paper: str, ours: Mapping[str, str], results: Mapping[str, Mapping[str, Any]], only: Iterable[str] = ()) -> list[Row]:
     """One row a number of the paper: claim, measure, paper, ours ("" where data set or arm are others), what differs, source.
 
     Args:
         ours: our setting, see `setting_of`. results: {arm: {metric: number or cell}} of the step that holds the result.
+        only: numbers that stand beside one of these arms; empty = all.
     """
-    return [_row(line, name, value, ours, results) for line in papers.reported(paper) for name, value in line.values.items()]
+    arms = set(only)
+    lines = [line for line in papers.reported(paper) if not arms or line.arm in arms]
+    return [_row(line, name, value, ours, results) for line in lines for name, value in line.values.items()]
 
 
 def of_runs(runs: Iterable[Run]) -> list[Row]:
@@ -69,7 +72,7 @@ def _row(line: papers.Reported, name: Any, value: Any, ours: Mapping[str, str], 
         "measure": " ".join(filter(None, [dataset, metric])),
         "paper": number_text(value),
         "ours": "" if found is None else cell_text(_scaled(found, line.scale if metric == "accuracy" else 1.0)),
-        "what differs": "; ".join(differs.values()) or ("nothing stated" if line.setting.stated else "the source does not say"),
+        "what differs": "; ".join(differs.values()) or ("nothing it states" if line.setting.stated else "the source does not say"),
         "note": line.setting.note,
         "source": line.source,
     }

@@ -20,6 +20,7 @@ _WHERE = {
     "pruning": "counts",
     "thought_map": "maps",
     "thoughts_against_gold_steps": "counts",
+    "accuracy_against_cost": "comparison",
     "method_comparison": "comparison",
     "redraw": "again",
     "save": "style",

@@ -1,5 +1,7 @@
 """Methods side by side."""
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -29,3 +31,29 @@ def method_comparison(ax: Axes, table: pd.DataFrame, xlabel: str = "accuracy", s
     if share:
         percent(ax, "x")
     legend(ax)
+
+
+@figure("method", "mean")
+def accuracy_against_cost(ax: Axes, table: pd.DataFrame, x: str = "passes", xlabel: str = "", log: bool = False) -> None:
+    """A named dot a method: accuracy with its interval (low, high) against a cost in column `x` (passes, thoughts, time)."""
+    looks = palette.looks(table["method"])
+    for name, part in table.groupby("method", sort=False):
+        colour, marker = looks[name]
+        ax.plot(part[x], part["mean"], marker, color=colour, zorder=3)
+        if {"low", "high"} <= set(part.columns):
+            bars(ax, part[x], part, colour)
+    for row in apart(table.sort_values("mean", ascending=False), x):
+        ax.annotate(label(row["method"]), (row[x], row["mean"]), xytext=(6, row["shift"]), textcoords="offset points", va="center")
+    ax.set(xlabel=xlabel or label(x), ylabel="accuracy", ylim=(-0.03, 1.08), xscale="log" if log else "linear")
+    ax.margins(x=0.18)
+    percent(ax)
+
+
+def apart(table: pd.DataFrame, x: str, near: float = 0.06, gap: float = 9.0) -> list[dict[str, Any]]:
+    """The rows with `shift`, how many points a name moves down so that names of dots close to one another can be read."""
+    width = (table[x].max() - table[x].min()) or 1.0
+    rows: list[dict[str, Any]] = []
+    for row in table.to_dict("records"):
+        crowd = [other for other in rows if abs(other[x] - row[x]) < 0.2 * width and abs(other["mean"] - row["mean"]) < near]
+        rows.append(row | {"shift": -gap * len(crowd)})
+    return rows

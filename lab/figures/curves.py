@@ -79,6 +79,7 @@ def loss_components(ax: Axes, table: pd.DataFrame, log: bool = True) -> None:
     """The parts of a loss against steps, discarded stretches in grey; table: step, component, value, and discarded where there is any."""
     lost = table["discarded"].fillna(False).astype(bool) if "discarded" in table else pd.Series(False, index=table.index)
     for place, (name, part) in enumerate(table[~lost].groupby("component", sort=False)):
+        part = pd.concat(_parts(part))
         ax.plot(
             part["step"], part["value"], color=palette.series(place)[0], linestyle=("-", "--", ":", "-.")[place // 8 % 4], label=label(name)
         )
@@ -107,6 +108,12 @@ def divergence_events(ax: Axes, table: pd.DataFrame, events: pd.DataFrame, ylabe
     ax.plot(skipped, np.full(len(skipped), kept["value"].min()), "x", color=palette.HUES["vermillion"], label="skipped update")
     ax.set(xlabel="step", ylabel=ylabel, ylim=(None, top * (1.12 + 0.07 * min(len(events), 3))))
     legend(ax)
+
+
+def _parts(table: pd.DataFrame) -> list[pd.DataFrame]:
+    """A course cut where its steps begin anew, each part followed by an undefined row, so that no line joins them."""
+    number = (table["step"].diff() < 0).cumsum()
+    return [pd.concat([part, part.tail(1).assign(value=np.nan)]) for _, part in table.groupby(number)]
 
 
 def _ends(ax: Axes, line: pd.DataFrame) -> None:

@@ -140,7 +140,7 @@ def label(name: Any) -> str:
 def spread(ax: Axes, part: pd.DataFrame, x: str, colour: str, marker: str, name: str, band: bool = False) -> None:
     """The `mean` of a series over `x` with its interval (columns low, high where present) as a band or as bars."""
     part = part.sort_values(x)
-    ax.plot(part[x], part["mean"], color=colour, marker=None if band else marker, label=name, zorder=3)
+    ax.plot(part[x], part["mean"], color=colour, marker=None if band and len(part) > 1 else marker, label=name, zorder=3)
     if not {"low", "high"} <= set(part.columns):
         return
     if band:
@@ -162,6 +162,7 @@ def percent(ax: Axes, axis: str = "y") -> None:
 
 
 def legend(ax: Axes, **options: Any) -> None:
-    """A legend where there is more than one entry."""
-    if len(ax.get_legend_handles_labels()[1]) > 1:
-        ax.legend(**options)
+    """A legend where there is more than one entry; beside the axes where there are too many to stand inside."""
+    entries = len(ax.get_legend_handles_labels()[1])
+    if entries > 1:
+        ax.legend(**options, **({"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if entries > 5 else {}))

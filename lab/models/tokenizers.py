@@ -58,10 +58,12 @@ def word_tokenizer(
     unk: str = "",
     special: Sequence[str] = (),
     chat: bool = False,
+    pieces: str = "",
 ) -> "PreTrainedTokenizerFast":
     """A tokenizer whose token i is `vocabulary[i]`; text is split at white space. Special tokens not in it follow after it.
 
     Args:
+        pieces: a regular expression of what is one token, instead of all between white space.
         eos: None = `<eos>`, or `<|im_end|>` where `chat`.
         unk: what an unknown word becomes; without one an unknown word is an error when text is encoded.
         chat: adds the chat tokens and template.
@@ -69,7 +71,7 @@ def word_tokenizer(
     Raises:
         SettingsError: a word twice, or with white space inside.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     bad = [word for word in vocabulary if not word or word.split() != [word]]
     if bad or len(set(vocabulary)) != len(vocabulary):
@@ -78,7 +80,8 @@ def word_tokenizer(
     names = _special_names(pad, eos, bos, unk, special, chat)
     words = list(dict.fromkeys([*vocabulary, *names["all"]]))
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, **({"unk_token": unk} if unk else {})))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    whole = pre_tokenizers.WhitespaceSplit()
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), "removed", invert=True) if pieces else whole
     return _wrap(inner, names, chat)
 
 

@@ -7,9 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lab import figures
+from lab import figures, papers, provenance, runs, steps
 from lab.errors import DataError, SettingsError
+from lab.figures import cards
 
+PARAMETERS = {"count": 1, "data": "", "pause_s": 0.0, "more": False, "fail": False}
 CURVE = pd.DataFrame(
     {"step": [0, 1, 2, 1, 2, 3], "value": [3.0, 2.0, 9.0, 2.0, 1.5, 1.0], "discarded": [False, True, True, False, False, False]}
 )
@@ -36,6 +38,7 @@ TABLES = {
     "accuracy_against_passes": intervals(
         policy=["decider", "decider", "never"], passes=[1.1, 1.3, 1.0], mean=[0.8, 0.9, 0.3], threshold=[0.9, 0.5, np.nan]
     ),
+    "accuracy_against_cost": intervals(method=["codi", "lta", "cot"], passes=[8.0, 8.0, 9.0], mean=[0.9, 0.88, 1.0]),
     "accuracy_against_thoughts": intervals(method=["codi", "codi", "coconut"], thoughts=[0, 6, 0], mean=[0.2, 0.8, 0.1]),
     "divergence_events": CURVE,
     "gate_histogram": pd.DataFrame(
@@ -115,6 +118,28 @@ def test_a_single_run_has_a_dot_and_no_interval():
         assert len(fig.axes[0].get_lines()[0].get_xydata()) >= 1
 
 
+def test_names_of_dots_that_touch_stand_apart_and_each_method_has_one():
+    fig = draw("accuracy_against_cost")
+    fig.canvas.draw()
+    places = {text.get_text(): text.get_position() for text in fig.axes[0].texts}
+    assert set(places) == {"CODI", "LTA-Thinker", "CoT"} and places["CODI"][1] != places["LTA-Thinker"][1]
+    assert draw("accuracy_against_cost", xlabel="passes an answer").axes[0].get_xlabel() == "passes an answer"
+
+
+def test_a_loss_that_begins_anew_is_not_joined_to_its_first_part():
+    table = pd.DataFrame({"step": [1, 2, 1, 2], "component": "ce", "value": [3.0, 2.0, 5.0, 4.0]})
+    (line,) = figures.loss_components(table).axes[0].get_lines()
+    assert np.isnan(line.get_ydata()[2]) and line.get_ydata()[3] == 5.0
+
+
+def test_a_legend_of_many_stands_beside_the_axes():
+    table = pd.DataFrame([{"measure": f"m{index}", "n": n, "mean": index / 9} for index in range(7) for n in (1, 2)])
+    fig = figures.scaling(table)
+    fig.canvas.draw()
+    axis = fig.axes[0]
+    assert axis.get_legend().get_window_extent().x0 >= axis.get_window_extent().x1
+
+
 def test_discarded_stretches_are_grey_and_apart():
     lines = draw("learning_curves").axes[0].get_lines()
     kept, lost = (line.get_xydata().tolist() for line in lines)
@@ -155,3 +180,50 @@ def test_nothing_global_changes_and_pyplot_stays_out():
         "assert dict(m.rcParams) == before and 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -- the pictures of the cards ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn(bench, tmp_path):
+    """A sweep of two seeds whose step drew a figure and saved a view."""
+    for seed, shift in ((0, 0.0), (1, 0.2)):
+        folder = provenance.outputs() / "mini" / "sweep-toy" / f"seed={seed}"
+        runs.Run.open(folder, "mini", recipe="toy").close()
+        step = steps.begin("mini", "draw", str(folder), PARAMETERS | {"seed": seed})
+        table = pd.DataFrame({"method": "codi", "thoughts": [0, 6], "mean": [0.2 + shift, 0.8], "low": 0.0, "high": 1.0})
+        step.save_figure(figures.accuracy_against_thoughts(table), "accuracy", table)
+        step.save_view("<section class=lab-view>hello</section>", "tokens")
+        step.finish(x=1.0)
+    return {"picture": "papers/mini/figures/accuracy", "paper": "mini", "recipe": "toy", "step": "draw", "figure": "accuracy"}
+
+
+def test_a_cards_picture_is_drawn_from_the_runs_alone_with_intervals_over_seeds(drawn, tmp_path):
+    paths = cards.make(cards.Card.check(**drawn, by=["method", "thoughts"]), tmp_path)
+    assert sorted(path.suffix for path in paths) == [".csv", ".pdf", ".png", ".svg"] and paths[-1].suffix == ".png"
+    table = pd.read_csv(tmp_path / "papers-mini-figures-accuracy.csv")
+    assert table["mean"].tolist() == pytest.approx([0.3, 0.8]) and table["n_runs"].tolist() == [2, 2]
+    assert table["low"][0] < 0.2 and table["high"][1] == pytest.approx(0.8)
+
+
+def test_what_has_no_run_figure_or_column_is_said_with_the_command(drawn, tmp_path):
+    wrong = [{"paper": "codi", "recipe": "toy"}, {"figure": "acuracy"}, {"by": ["arm"]}]
+    made, missing = cards.make_all([cards.Card.check(**drawn | change | {"picture": str(n)}) for n, change in enumerate(wrong)], tmp_path)
+    assert not made and "make one with: lab run codi --recipe toy" in missing["0"]
+    assert "no figures/acuracy.json; there is accuracy" in missing["1"] and "no column 'arm'" in missing["2"]
+
+
+def test_a_picture_is_put_where_its_card_shows_it(drawn, bench, tmp_path):
+    card = cards.Card.check(**drawn)
+    placed = cards.place(card, cards.make(card, tmp_path))
+    assert {path.relative_to(bench).as_posix() for path in placed} == {
+        "papers/mini/figures/accuracy.png",
+        "papers/mini/figures/accuracy.csv",
+    }
+
+
+def test_every_listed_picture_names_a_paper_a_recipe_and_a_step():
+    for card in cards.cards():
+        assert card.recipe in papers.recipes(card.paper) and papers.pipeline(card.paper).spec(card.step)
+        assert bool(card.figure) != bool(card.view)

@@ -85,7 +85,7 @@ def test_ours_stands_beside_a_number_of_the_same_data_set_in_the_papers_unit(ben
     rows = against("setting: {backbone: GPT-2, split: test, decoding: greedy}, values: {gsm8k: 34.1, gsm8k_tokens: 8.2, math: 3.0}", bench)
     assert [row["measure"] for row in rows] == ["gsm8k accuracy", "gsm8k tokens", "math accuracy"]
     assert [row["ours"] for row in rows] == ["34.000 ± 4.000 (5)", "8.000", ""]
-    assert [row["what differs"] for row in rows] == ["nothing stated", "nothing stated", "dataset: math, here gsm8k"]
+    assert [row["what differs"] for row in rows] == ["nothing it states", "nothing it states", "dataset: math, here gsm8k"]
 
 
 def test_every_setting_that_differs_is_listed_and_silence_is_said(bench):

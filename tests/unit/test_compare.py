@@ -1,0 +1,74 @@
+"""The comparison without a model: budgets, what is read back, what the papers say."""
+
+import json
+
+import pytest
+
+from lab import compare, reported
+from lab.data.source import Source
+from lab.entrants import ENTRANTS, entrant
+from lab.errors import SettingsError
+from lab.view import palette
+
+
+def answered(folder, name, right, passes, written, **record):
+    """The folder of a method that answered `len(right)` questions."""
+    own = folder / name
+    (own / "test").mkdir(parents=True)
+    for number, correct in enumerate(right):
+        line = {"id": f"q{number}", "sample": 0, "is_correct": correct, "passes": passes, "output_tokens": written, "processing_time": 0.002}
+        with open(own / "test" / "samples.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    spent = {"steps": 6, "tokens": 100, "seconds": 1.5}
+    (own / compare.SPENT).write_text(json.dumps({"prompted": 0, "arm": name, "spent": spent} | record))
+
+
+def test_the_table_is_read_back_from_the_folder(tmp_path):
+    answered(tmp_path, "codi", [True] * 9 + [False], passes=8, written=5)
+    answered(tmp_path, "softcot", [True] * 10, passes=7, written=7, prompted=3, arm="softcot")
+    first, second = compare.table(tmp_path)
+    assert (first["method"], first["accuracy"], first["thoughts"], first["written"], first["passes"]) == ("codi", 0.9, 3, 5, 8)
+    assert first["low"] == pytest.approx(0.596, abs=1e-3) and first["milliseconds"] == 2 and first["tokens"] == 100
+    assert second["method"] == "softcot" and second["thoughts"] == 3
+
+
+def test_a_method_left_out_says_why_and_has_no_row(tmp_path):
+    (tmp_path / "tah").mkdir()
+    (tmp_path / "tah" / compare.SPENT).write_text('{"left_out": "Not a single hard token"}')
+    assert compare.left_out(tmp_path) == {"tah": "Not a single hard token"} and compare.table(tmp_path) == []
+
+
+def test_the_papers_numbers_stand_beside_with_what_differs(tmp_path):
+    answered(tmp_path, "coconut", [True, False], passes=5, written=2)
+    answered(tmp_path, "no_cot", [False, False], passes=2, written=2)
+    toy = {"backbone": "toy:llama", "benchmark": "permutations", "temperature": 0.0}
+    rows = compare.against_papers(tmp_path, toy)
+    assert {row["claim"] for row in rows} == {"COCONUT", "No-CoT", "COCONUT with the repository's settings"}
+    assert all(row["ours"] == "" and "dataset: gsm8k, here permutations" in row["what differs"] for row in rows if "gsm8k" in row["measure"])
+    same = compare.against_papers(tmp_path, {"backbone": "openai-community/gpt2", "benchmark": "gsm8k", "temperature": 0.0})
+    ours = {(row["claim"], row["measure"]): row["ours"] for row in same}
+    assert ours["COCONUT", "gsm8k accuracy"] == "50.000" and ours["COCONUT", "prosqa accuracy"] == ""
+
+
+def test_every_method_of_the_workbench_takes_part_or_is_named_as_left_out():
+    card = (reported.papers.home() / "papers" / "compare" / "README.md").read_text()
+    for key in palette.METHODS:
+        assert key in ENTRANTS or palette.TITLES[key] in card.split("Left out:")[1]
+
+
+def test_toy_problems_are_spelled_so_that_every_method_can_write_them():
+    (example, *_) = compare.problems(Source(train_problems=4, test_problems=4), "train")
+    operators = example.question.split()[:3]
+    assert [step.split()[0] for step in example.steps] == operators and example.steps[-1].split()[1] == example.answer
+    assert example.answer.isdigit() and "s" not in example.question.replace("ops", "")
+
+
+@pytest.mark.parametrize("values", [{"unit": "hours"}, {"amount": 0}, {"unit": "steps", "probe": 2}])
+def test_budgets_are_checked(values):
+    with pytest.raises(SettingsError):
+        compare.Budget.check(**values)
+
+
+def test_an_unknown_method_is_named_with_the_closest():
+    with pytest.raises(SettingsError, match="Did you mean 'coconut'"):
+        entrant("coconutt")
