@@ -1,7 +1,9 @@
 """Tables that notebooks of feedback methods show: learning curves, gold results found in thoughts, answers by number of thoughts."""
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,18 @@ def at_steps(curves: Any, name: str) -> dict[str, dict[str, float]]:
 
 
 def parts(folder: Path | str, names: Sequence[str], arm: str = "") -> Any:
-    """Logged components of one arm's loss, as a table of step, component, value."""
+    """Logged components of one arm's loss: step, component, value, and `discarded` where a rollback made the step again."""
     import pandas as pd
 
-    rows = [row for row in read_lines(Path(folder) / "metrics.jsonl") if row.get("arm", "") == arm]
-    found = [{"step": r["step"], "component": name, "value": r[name]} for r in rows for name in names if name in r]
-    return pd.DataFrame(found, columns=["step", "component", "value"])
+    rows = [row for row in read_lines(Path(folder) / "metrics.jsonl") if row.get("arm", "") == arm and any(name in row for name in names)]
+    first_later = [*accumulate((row["step"] for row in reversed(rows)), min)][::-1][1:] + [math.inf]
+    found = [
+        {"step": row["step"], "component": name, "value": row[name], "discarded": later <= row["step"]}
+        for row, later in zip(rows, first_later, strict=True)
+        for name in names
+        if name in row
+    ]
+    return pd.DataFrame(found, columns=["step", "component", "value", "discarded"])
 
 
 def found_results(trace: Any) -> list[dict[str, Any]]:

@@ -3,12 +3,13 @@
 import json
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 
 from lab.data.source import Source, words_of
 from lab.errors import DataError, SettingsError
 from lab.latent.plan import IGNORE, Kept, Row, collate, collate_pairs
-from lab.latent.tables import answers_by_count, by_count, curve, found_results, parts
+from lab.latent.tables import answers_by_count, at_steps, by_count, curve, found_results, parts
 from lab.trace import Trace
 
 
@@ -66,6 +67,19 @@ def test_curves_and_parts_come_from_the_log(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert curve(tmp_path, "eval_score").to_dict("records") == [{"arm": "a", "step": 2, "mean": 0.3}]
     assert parts(tmp_path, ("ce", "distill"), "a").value.tolist() == [2.0, 0.5]
+    assert curve(tmp_path, "ce", without=["a"]).to_dict("records") == [{"arm": "b", "step": 1, "mean": 1.0}]
+
+
+def test_what_a_rollback_made_again_is_discarded(tmp_path):
+    steps = [10, 20, 30, 40, 30, 40, 50]  # after 40 the training went back to 20
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "ce": 1.0}) + "\n" for step in steps))
+    assert parts(tmp_path, ["ce"])["discarded"].tolist() == [False, False, True, True, False, False, False]
+
+
+def test_learning_curves_become_rows_of_a_sweep():
+    curves = pd.DataFrame({"arm": ["a", "a", "b"], "step": [10, 20, 10], "mean": [0.1, 0.5, 0.2]})
+    assert at_steps(curves, "exact") == {"a, step 10": {"exact": 0.1}, "a, step 20": {"exact": 0.5}, "b, step 10": {"exact": 0.2}}
+    assert at_steps(curves[:2], "exact") == {}
 
 
 def test_what_was_dropped_is_counted_and_named():
