@@ -11,7 +11,8 @@ from lab.view.thoughts import Thoughts, thoughts
 from lab.view.tokens import Tokens, tokens
 from lab.view.training import Training, training
 
-_LIVE = ("Explorer", "Watch", "explore", "explore_gates", "explore_runs", "explore_thoughts", "watch")
+_LIVE = ("Explorer", "Watch", "explore", "explore_gates", "explore_histogram", "explore_pair", "explore_runs", "explore_thoughts")
+_LIVE += ("explore_versus", "watch")
 
 __all__ = ["Compare", "Histogram", "Samples", "Thoughts", "Tokens", "Training", "Versus", "View", *_LIVE]
 __all__ += ["compare", "histogram", "samples", "thoughts", "tokens", "training", "versus"]

@@ -16,9 +16,11 @@ from lab.errors import DataError, RunError
 from lab.trace import Trace
 from lab.view.base import View, resource
 from lab.view.channels import Channel, names
+from lab.view.compare import compare
 from lab.view.decide import passes_at, with_gates, with_threshold
 from lab.view.histogram import histogram
-from lab.view.samples import samples
+from lab.view.samples import samples, versus
+from lab.view.summaries import SPLITS
 from lab.view.thoughts import thoughts
 from lab.view.tokens import Tokens
 from lab.view.training import training
@@ -36,7 +38,7 @@ class Explorer(ipywidgets.VBox):
         self.controls, self._draw, self._twin = dict(controls), draw, twin or draw
         self.picture = ipywidgets.HTML(layout={"width": "auto", "margin": "4px 0 0"})
         row = ipywidgets.Box(
-            [_labelled(control) for control in self.controls.values()], layout={"flex_flow": "row wrap", "align_items": "center"}
+            [_labelled(name, control) for name, control in self.controls.items()], layout={"flex_flow": "row wrap", "align_items": "center"}
         )
         super().__init__([row, self.picture, *_scripts(self._draw(**self.values))])
         for control in self.controls.values():
@@ -126,6 +128,42 @@ def explore_runs(traces: Mapping[str, Trace], sort: str = "-score") -> Explorer:
     return Explorer({"run": run, "question": question}, lambda run, question: samples(traces[run], sort, question=question))
 
 
+def explore_pair(first: Trace, second: Trace, titles: tuple[str, str] | None = None) -> Explorer:
+    """Two runs side by side, live: pick a question both answered and the channel; raises DataError where they share none."""
+    shared = [question for question in dict.fromkeys(first.samples["question"]) if question in set(second.samples["question"])]
+    if not shared:
+        raise DataError("The two traces share no question: nothing to compare.")
+    question = ipywidgets.Dropdown(options=[(str(name), name) for name in shared], description="question")
+    channel = _channel_picker([name for name in names(first.tokens) if name in names(second.tokens)], "")
+    controls = {"question": question, "channel": channel}
+    return Explorer(controls, lambda question, channel: compare(first, second, channel, question=question, names=titles))
+
+
+def explore_histogram(runs: Trace | Mapping[str, Trace]) -> Explorer:
+    """Live distributions of any channel of one trace or several by name: pick channel, split and the number of bins."""
+    named = {runs.method: runs} if isinstance(runs, Trace) else dict(runs)
+    there = [name for name in names(next(iter(named.values())).tokens) if all(name in names(one.tokens) for one in named.values())]
+    if not there:
+        raise DataError("Nothing to explore: the runs share no channel with values.")
+    shown = histogram(named, there[0])
+    split = ipywidgets.ToggleButtons(options=SPLITS, value=shown.split)
+    split.style.button_width = "auto"
+    bins = ipywidgets.IntSlider(10, 2, 40, description="bins")
+    controls = {"channel": _channel_picker(there, ""), "split": split, "bins": bins}
+    return Explorer(controls, lambda channel, split, bins: histogram(named, channel, split, bins))
+
+
+def explore_versus(traces: Mapping[str, Trace]) -> Explorer:
+    """Who got what wrong, live: pick two of the runs; raises DataError with fewer than two."""
+    if len(traces) < 2:
+        raise DataError("Give two runs or more to compare.")
+    runs = list(traces)
+    first, second = (
+        ipywidgets.Dropdown(options=runs, value=runs[place], description=name) for place, name in enumerate(("run", "against"))
+    )
+    return Explorer({"first": first, "second": second}, lambda first, second: versus(traces[first], traces[second], (first, second)))
+
+
 class Watch(Explorer):
     """The training view of a folder, read again every `seconds`, whoever writes it; `stop()` ends the watching."""
 
@@ -198,9 +236,9 @@ def _gates(trace: Trace, temperature: float, gate_threshold: float, hard: bool, 
     return with_gates(trace, temperature, gate_threshold if hard else None, noise)
 
 
-def _labelled(control: ipywidgets.Widget) -> ipywidgets.Widget:
-    """A row of buttons with its label before it, as the other controls have theirs."""
-    return ipywidgets.HBox([ipywidgets.Label("colour by"), control]) if isinstance(control, ipywidgets.ToggleButtons) else control
+def _labelled(name: str, control: ipywidgets.Widget) -> ipywidgets.Widget:
+    """A row of buttons with its name before it, as the other controls have theirs."""
+    return ipywidgets.HBox([ipywidgets.Label(name), control]) if isinstance(control, ipywidgets.ToggleButtons) else control
 
 
 def _sample_picker(trace: Trace) -> ipywidgets.Dropdown:

@@ -16,7 +16,8 @@ def answered(folder, name, right, passes, written, **record):
     own = folder / name
     (own / "test").mkdir(parents=True)
     for number, correct in enumerate(right):
-        line = {"id": f"q{number}", "sample": 0, "is_correct": correct, "passes": passes, "output_tokens": written, "processing_time": 0.002}
+        spent = {"passes": passes, "output_tokens": written, "processing_time": 0.002}
+        line = {"id": f"q{number}", "sample": 0, "is_correct": correct, **spent}
         with open(own / "test" / "samples.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
     spent = {"steps": 6, "tokens": 100, "seconds": 1.5}
@@ -44,7 +45,8 @@ def test_the_papers_numbers_stand_beside_with_what_differs(tmp_path):
     toy = {"backbone": "toy:llama", "benchmark": "permutations", "temperature": 0.0}
     rows = compare.against_papers(tmp_path, toy)
     assert {row["claim"] for row in rows} == {"COCONUT", "No-CoT", "COCONUT with the repository's settings"}
-    assert all(row["ours"] == "" and "dataset: gsm8k, here permutations" in row["what differs"] for row in rows if "gsm8k" in row["measure"])
+    gsm8k = [row for row in rows if "gsm8k" in row["measure"]]
+    assert gsm8k and all(row["ours"] == "" and "dataset: gsm8k, here permutations" in row["what differs"] for row in gsm8k)
     same = compare.against_papers(tmp_path, {"backbone": "openai-community/gpt2", "benchmark": "gsm8k", "temperature": 0.0})
     ours = {(row["claim"], row["measure"]): row["ours"] for row in same}
     assert ours["COCONUT", "gsm8k accuracy"] == "50.000" and ours["COCONUT", "prosqa accuracy"] == ""

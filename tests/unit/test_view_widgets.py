@@ -92,6 +92,38 @@ def test_fewer_thoughts_on_request():
     assert explorer.picture.value.count('class="cand') == 1
 
 
+def test_two_runs_are_compared_question_by_question():
+    explorer = view.explore_pair(decided(), decided(), ("one", "two"))
+    assert "one" in explorer.picture.value and "3 of 3 columns agree" in explorer.picture.value
+    explorer.controls["question"].value = 1
+    explorer.controls["channel"].value = "prob"
+    assert "question <b>1</b>" in explorer.picture.value and "Mean probability" in explorer.picture.value
+    other = Trace.build("tah", tokens=[{"question": 7, "pos": 0, "text": "x", "prob": 0.5}])
+    with pytest.raises(DataError, match="share no question"):
+        view.explore_pair(decided(), other)
+
+
+def test_distributions_of_any_channel_split_as_one_likes():
+    explorer = view.explore_histogram({"one": decided(), "two": decided()})
+    assert explorer.controls["channel"].value == "iterations" and "one" in explorer.picture.value
+    explorer.controls["channel"].value, explorer.controls["split"].value, explorer.controls["bins"].value = "decider_prob", "type", 4
+    assert "one word" in explorer.picture.value and explorer.view.table()["value"].nunique() == 4
+    with pytest.raises(DataError, match="share no channel"):
+        view.explore_histogram(Trace.build("tah", tokens=[{"question": 0, "pos": 0, "text": "x"}]))
+
+
+def test_who_got_what_wrong_of_any_two_runs():
+    def judged(*right):
+        return Trace.build("tah", samples=[{"question": q, "answer": str(q), "correct": one} for q, one in enumerate(right)])
+
+    explorer = view.explore_versus({"a": judged(True, False), "b": judged(False, False), "c": judged(True, True)})
+    assert "Only a is right" in explorer.picture.value and "Only b is right: none" in explorer.picture.value
+    explorer.controls["second"].value = "c"
+    assert "Only a is right: none" in explorer.picture.value and "Only c is right" in explorer.picture.value
+    with pytest.raises(DataError, match="two runs or more"):
+        view.explore_versus({"a": judged(True)})
+
+
 def test_a_watched_training_follows_its_folder(tmp_path):
     def log(step):
         with open(tmp_path / "metrics.jsonl", "a") as file:
