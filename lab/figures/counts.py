@@ -11,13 +11,14 @@ from lab.view.base import plain
 
 @figure("iterations", "share")
 def iteration_histogram(ax: Axes, table: pd.DataFrame, xlabel: str = "passes", ylabel: str = "tokens") -> None:
-    """Share of tokens by passes, side by side for each `group` (split, run, span) where there is such a column; shares are written on."""
+    """Share of tokens by passes, side by side for each `group` (split, run, span) where there is such a column; one or two with numbers."""
     groups = list(table.groupby("group", sort=False)) if "group" in table else [("", table)]
     width, shown = 0.8 / len(groups), palette.looks(name for name, _ in groups)
     for place, (name, part) in enumerate(groups):
         x = part["iterations"] + (place - (len(groups) - 1) / 2) * width
         drawn = ax.bar(x, part["share"], width * 0.92, color=shown[name][0], label=label(name))
-        ax.bar_label(drawn, [f"{share:.1%}" for share in part["share"]], padding=1.5, fontsize="small")
+        if len(groups) <= 2:
+            ax.bar_label(drawn, [f"{share:.1%}" for share in part["share"]], padding=1.5, fontsize="small")
     ax.set(xlabel=xlabel, ylabel=ylabel, xticks=sorted(table["iterations"].unique()))
     ax.grid(False, axis="x")
     ax.margins(y=0.15)
