@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lab import files, sharding
 from lab.errors import CheckpointError, LabError
 from lab.launch import on_main, rank, world_size
+from lab.models.loading import read_torch
 from lab.stability.detector import OK, Detector, Guard, Signals, Verdict
 from lab.stability.recovery import Recovery
 from lab.stability.ring import Ring
@@ -163,7 +164,7 @@ class Guarded:
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        sharding.restore(self.optimizer, torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu"))
+        sharding.restore(self.optimizer, read_torch(folder / OPTIMIZER))
         state = files.read_json(folder / STATE)
         self.detector.restore(state["detector"])
         self.take_state(state["more"])
@@ -183,7 +184,7 @@ class Guarded:
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        _set_random_state(torch.load(Path(checkpoint) / RANDOM, weights_only=True))
+        _set_random_state(read_torch(Path(checkpoint) / RANDOM))
         events = self.recovery.events
         if events and events[-1]["resumed"] == self.state.global_step:  # the same data with new draws
             torch.manual_seed(torch.initial_seed() + len(events))
@@ -199,6 +200,8 @@ def train_guarded(build: Any, ring: Ring, guard: Guard, recovery: Recovery, on_e
     while True:
         trainer = build()
         try:
+            if last is not None:
+                files.read_json(ring.path(last) / "trainer_state.json")  # damaged, it is named here
             trainer.train(resume_from_checkpoint=str(ring.path(last)) if last is not None else None)
             return trainer
         except Diverged as error:

@@ -1,19 +1,31 @@
-"""kill -9 at random moments of a training and of an evaluation: resumed, they end as if nothing had happened."""
+"""kill -9 at random moments of a training, an evaluation and a whole pipeline: resumed, they end as if nothing had happened.
 
+LAB_SOAK_SEED draws other moments (see benchmarks/soak.py, which repeats these tests and adds up what they counted).
+"""
+
+import contextlib
 import json
+import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 
-from lab import files
+from lab import files, kernels
+from lab.errors import LabError
 from lab.stability import kept_and_discarded
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
+SEED = int(os.environ.get("LAB_SOAK_SEED", "0"))
+KILLS = 20
 PROGRAM = "import sys, json; sys.path.insert(0, sys.argv[1]); import launch_targets as t; {call}"
 
 
@@ -43,7 +55,7 @@ def test_a_training_killed_again_and_again(tmp_path):
         return f"t.train({str(tmp_path / name)!r}, steps=1200, save_every=100, log_every=1)"
 
     run_to_the_end(call("whole"))
-    draw, path, seen = random.Random(0), tmp_path / "broken" / "metrics.jsonl", 0
+    draw, path, seen = random.Random(SEED), tmp_path / "broken" / "metrics.jsonl", 0
     for _ in range(4):
         seen += draw.randint(60, 260)
         kill_at(call("broken"), path, seen)
@@ -54,6 +66,24 @@ def test_a_training_killed_again_and_again(tmp_path):
     weights = [(tmp_path / name / "checkpoint-1200" / "weights.safetensors").read_bytes() for name in ("whole", "broken")]
     assert weights[0] == weights[1]
     assert not list((tmp_path / "broken").glob(".checkpoint-*"))
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.pt", "random.pt", "trainer_state.json", "training.json"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_truncated_checkpoint_is_named_and_without_it_training_resumes(tmp_path, name, share):
+    import launch_targets
+
+    whole = launch_targets.train(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint-12", ignore_errors=True)
+    (last,) = tmp_path.glob("checkpoint-4")
+    content = (last / name).read_bytes()
+    (last / name).write_bytes(content[: int(share * len(content))])
+    with pytest.raises(LabError, match=rf"checkpoint-4/{name}") as caught:
+        launch_targets.train(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+    shutil.rmtree(last)
+    again = launch_targets.train(tmp_path)
+    assert again["weights"] == whole["weights"]
 
 
 def test_an_evaluation_killed_again_and_again(tmp_path):
@@ -71,3 +101,69 @@ def test_an_evaluation_killed_again_and_again(tmp_path):
         assert len(rows) == len({(row["id"], row["sample"]) for row in rows}) == 120
         answers.append(sorted((row["id"], row["sample"], row["output"], row["is_correct"]) for row in rows))
     assert answers[0] == answers[1]
+
+
+PIPELINE = ["run", "latenttts", "--recipe", "smoke", "-p", "steps=6", "-p", "save_every=1", "--resume", "--run"]
+
+
+def start_pipeline(folder):
+    (folder / ".live.json").unlink(missing_ok=True)
+    command = [sys.executable, "-m", "lab.cli", "--quiet", *PIPELINE, str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def kill_somewhere(process, folder, draw):
+    """Kills the command, its kernel, or both; returns the step that was running."""
+    phase = "starting"
+    with contextlib.suppress(OSError, ValueError):
+        phase = json.loads((folder / ".live.json").read_text())["step"].split()[0]
+    (server,) = [child for child in psutil.Process().children() if "lab.kernels" in child.cmdline()]
+    kernel = [child.pid for child in server.children()]
+    for pid in draw.choice([[process.pid], kernel or [process.pid], [process.pid, *kernel]]):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert process.wait(120) in (-signal.SIGKILL, 1), process.stderr.read()
+    return phase
+
+
+def what_came_out(folder):
+    """{file: content} of the steps: every number, sample, checkpoint and picture, without times and what only serves to resume."""
+    found = {}
+    for path in sorted(folder.glob("[!.]*/**/*")):
+        name = str(path.relative_to(folder))
+        if path.suffix in (".safetensors", ".csv", ".svg", ".npz") or path.name == "results.json":
+            found[name] = path.read_bytes()
+        elif path.suffix == ".jsonl":
+            found[name] = [{k: v for k, v in row.items() if k not in ("time", "seconds")} for row in kept(files.read_lines(path))]
+    return found
+
+
+def kept(rows):
+    """Of points logged again by a resumed loop, the later ones."""
+    return list({json.dumps([row.get("step"), sorted(row)]) if "step" in row else i: row for i, row in enumerate(rows)}.values())
+
+
+def test_a_pipeline_killed_at_twenty_random_moments(tmp_path, record_property, monkeypatch):
+    monkeypatch.delenv("LAB_WARM", raising=False)
+    draw, phases, done = random.Random(SEED), Counter(), [tmp_path / "0"]
+    with kernels.server():
+        began = time.monotonic()
+        assert start_pipeline(tmp_path / "whole").wait(600) == 0
+        took = time.monotonic() - began
+        while sum(phases.values()) < KILLS:
+            process = start_pipeline(done[-1])
+            try:
+                assert process.wait(draw.uniform(0.05, 0.4) * took) == 0, process.stderr.read()
+                done.append(tmp_path / str(len(done)))
+            except subprocess.TimeoutExpired:
+                phases[kill_somewhere(process, done[-1], draw)] += 1
+        assert start_pipeline(done[-1]).wait(600) == 0
+    wanted = what_came_out(tmp_path / "whole")
+    for folder in done:
+        came = what_came_out(folder)
+        assert sorted(came) == sorted(wanted)
+        assert [name for name in wanted if came[name] != wanted[name]] == []
+        assert not list(folder.glob(".*.partial")) and (folder / "report.html").exists()
+    assert len(phases) >= 3, "the moments lie in several steps"
+    record_property("kills", sum(phases.values()))
+    record_property("phases", dict(phases))
