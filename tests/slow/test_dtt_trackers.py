@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-import dtt_targets as targets
+import trainer_targets as targets
 
 pytestmark = pytest.mark.slow
 
@@ -16,7 +16,7 @@ def test_an_offline_wandb_run_holds_numbers_tables_and_histograms(tmp_path, monk
     wandb = pytest.importorskip("wandb", reason="the extra trackers is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    found = targets.train(tmp_path / "run", steps=2, report_to="wandb")
+    found = targets.measured("dtt_rl", tmp_path / "run", report_to="wandb")
     summary = dict(wandb.run.summary)
     wandb.finish()
     assert summary["train/reward"] == pytest.approx(found["rewards"][-1])
@@ -35,7 +35,7 @@ def test_a_tensorboard_folder_holds_the_numbers(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    found = targets.train(tmp_path / "run", steps=2, report_to="tensorboard")
+    found = targets.measured("dtt_rl", tmp_path / "run", report_to="tensorboard")
     (events,) = tmp_path.rglob("events.out.tfevents*")
     read = EventAccumulator(str(events.parent))
     read.Reload()
