@@ -41,8 +41,28 @@ def execute(notebook: Path, output: Path, parameters: dict[str, Any], on_cell: C
             _interruptible(lambda: _papermill(notebook, output, parameters, on_cell, manager), manager)
         finally:
             if output.exists():
+                seal(output)
                 to_html(output)
     return output
+
+
+def seal(notebook: Path) -> None:
+    """Leaves an executed notebook as it should be opened: without the remains of live widgets, and trusted.
+
+    A widget is dead without its kernel; the static twin in the same output works. The signature (as `jupyter trust` makes it) lets
+    JupyterLab keep styles and scripts of outputs; it lies in this user's Jupyter data folder, so elsewhere the notebook is a stranger's.
+    """
+    import nbformat
+    from nbformat.sign import NotebookNotary
+
+    content = nbformat.read(notebook, 4)
+    content.metadata.pop("widgets", None)
+    for cell in content.cells:
+        for output in cell.get("outputs", []):
+            if len(output.get("data", {})) > 1:
+                output.data.pop(WIDGET, None)
+    write_text(notebook, nbformat.writes(content) + "\n")
+    NotebookNotary(log=_quiet()).sign(content)
 
 
 def _interruptible(work: Callable[[], None], manager: Any) -> None:
@@ -104,17 +124,12 @@ def _counter(notebook: Path, on_cell: Callable[[int, int], None]) -> Callable[..
 
 
 def to_html(notebook: Path) -> Path:
-    """The notebook as one HTML file that needs no network: live widgets are replaced by the static twins in their outputs."""
+    """The notebook (sealed before) as one HTML file that needs no network."""
     import nbformat
     from nbconvert import HTMLExporter
 
     content = nbformat.read(notebook, 4)
-    content.metadata.pop("widgets", None)
     content.metadata.setdefault("title", notebook.stem)
-    for cell in content.cells:
-        for output in cell.get("outputs", []):
-            if len(output.get("data", {})) > 1:
-                output.data.pop(WIDGET, None)
     exporter = HTMLExporter(log=_quiet(), exclude_input_prompt=True, exclude_output_prompt=True, sanitize_html=False)
     exporter.require_js_url = exporter.mathjax_url = exporter.jquery_url = exporter.mermaid_js_url = ""
     html, _ = exporter.from_notebook_node(content)

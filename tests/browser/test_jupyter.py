@@ -1,7 +1,6 @@
 """The explorer in a real JupyterLab, and the notebook's HTML afterwards. Run: pytest tests/browser/test_jupyter.py"""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -41,12 +40,13 @@ def notebook(tmp_path):
 
 
 @pytest.fixture
-def jupyter(notebook, tmp_path):
-    """The address of a JupyterLab on a free loopback port, with settings of its own; ended afterwards."""
+def jupyter(notebook, tmp_path, monkeypatch):
+    """The address of a JupyterLab on a free loopback port; its settings are the test's own, also for what the test executes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    homes = {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
+    for name in ("CONFIG", "DATA", "RUNTIME"):
+        monkeypatch.setenv(f"JUPYTER_{name}_DIR", str(tmp_path / name.lower()))
     options = {"ip": "127.0.0.1", "port": port, "root_dir": notebook.parent, "open_browser": False, "allow_root": True}
     options |= {"port_retries": 0, "disable_check_xsrf": False}
     arguments = [f"--ServerApp.{name}={value}" for name, value in options.items()]
@@ -56,7 +56,7 @@ def jupyter(notebook, tmp_path):
     ]
     arguments.append("--LabApp.expose_app_in_browser=True")
     with open(tmp_path / "server.log", "w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *arguments], env=os.environ | homes, stdout=log, stderr=log)
+        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *arguments], stdout=log, stderr=log)
     try:
         _wait_for(f"http://127.0.0.1:{port}/api?token=only-here", server, tmp_path / "server.log")
         yield f"http://127.0.0.1:{port}/lab/tree/{notebook.name}?token=only-here"
@@ -154,18 +154,47 @@ def test_a_watched_training_is_still_there_when_one_comes_back(tab, jupyter, not
     one.shot("jupyter-watched")
 
 
-def test_an_executed_notebook_opened_again_is_readable_though_not_trusted(tab, jupyter, notebook):
-    """JupyterLab drops style sheets and scripts of outputs that it did not see being made; texts, numbers and colours stay."""
-    notebooks.execute(notebook, notebook.parent / "done.ipynb", {})
-    one = tab(width=1200, offline=False)
-    one.page.goto(jupyter.replace(notebook.name, "done.ipynb"))
-    note = one.page.locator(".jp-OutputArea .note")
-    note.wait_for(timeout=60_000)
-    assert note.inner_text() == "At threshold 0.60: 1.300 passes a token (recorded: 1.300)."
+@pytest.fixture
+def reopened(tab, jupyter, notebook, monkeypatch, tmp_path):
+    """reopened(ours): the notebook, executed by us or by somebody else and opened in JupyterLab; its tab once the view is there."""
+
+    def opened(ours):
+        if not ours:
+            monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "elsewhere"))
+        notebooks.execute(notebook, notebook.parent / "done.ipynb", {})
+        one = tab(width=1200, offline=False)
+        one.page.goto(jupyter.replace(notebook.name, "done.ipynb"))
+        one.page.locator(".jp-OutputArea .note").wait_for(timeout=60_000)
+        return one
+
+    return opened
+
+
+def shown(one, place):
+    """The number that stands under a token."""
+    return one.page.locator(".jp-OutputArea .t sub").nth(place).evaluate("element => getComputedStyle(element, '::before').content")
+
+
+def test_an_executed_notebook_opened_again_is_whole(reopened):
+    """Signed when it was executed, so JupyterLab keeps style sheets and scripts of its outputs: the static twin works, nothing is dead."""
+    one = reopened(ours=True)
+    assert one.page.locator(".jp-OutputArea .note").inner_text() == "At threshold 0.60: 1.300 passes a token (recorded: 1.300)."
+    assert one.page.locator(".jupyter-widgets").count() == 0 and shown(one, 9) == '"2"'
+    one.page.locator(".jp-OutputArea .switch label").nth(1).click()
+    assert shown(one, 5) == '"0.50"'
+    one.page.locator(".jp-OutputArea .t").first.focus()
+    one.page.keyboard.press("End")
+    assert one.page.evaluate("document.activeElement.getAttribute('aria-label')").startswith('" w9"')
+    one.shot("jupyter-reopened")
+
+
+def test_a_strangers_notebook_is_readable_without_its_scripts(reopened):
+    """JupyterLab drops style sheets and scripts of outputs that nobody here vouches for; texts, numbers and colours stay."""
+    one = reopened(ours=False)
     tokens = one.page.locator(".jp-OutputArea .t")
     assert tokens.count() == 10 and tokens.nth(9).locator("sub").inner_text() == "2"
     assert tokens.nth(9).locator(".w").evaluate("element => getComputedStyle(element).backgroundColor") == "rgb(115, 202, 178)"
-    one.shot("jupyter-reopened")
+    one.shot("jupyter-stranger")
 
 
 def test_the_executed_notebook_shows_the_same_picture_offline(tab, notebook, tmp_path):
