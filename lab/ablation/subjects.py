@@ -179,13 +179,19 @@ def _tah(folder: Path, values: dict[str, Any]) -> Subject:
     from lab.methods.tah.prepare import Labelled
     from lab.models.layouts import load
 
-    rows = Labelled(next(place for place in folder.parents if (place / RUN).is_file()) / "label").rows("test")
+    rows = Labelled(next(place / "label" for place in folder.parents if (place / "label").is_dir())).rows("test")
     if "hard" not in rows[0]:
         raise SettingsError("This run's test rows are texts, not questions with answers of a token; name a model and a benchmark.")
     places = [(row["real_token"], row["mask"].index(1), row["hard"].index(1)) for row in rows if 1 in row["hard"]]
     asked = [[*ids[: first - 1], ids[hard]] for ids, first, hard in places]
     gold = [ids[hard + 1] for ids, _, hard in places]
     return Subject(load(folder), asked, gold, lambda row, answer: row.ids == [answer], {"max_new_tokens": 1})
+
+
+def unanswered(prompted: Any) -> Any:
+    """A toy's question with its answer, `lab.methods.lta.prompting.Prompted`, without the answer."""
+    row, length = prompted.row, len(prompted.answer)
+    return replace(prompted, row=replace(row, after=row.after[:-length], labels=row.labels[:-length]))
 
 
 def _lta(folder: Path, values: dict[str, Any]) -> Subject:
@@ -197,7 +203,7 @@ def _lta(folder: Path, values: dict[str, Any]) -> Subject:
         raise SettingsError("This run is not the toy's; name its model and a benchmark.")
     model = stages.toy_model(folder.parent, folder.name, values["seed"])
     found = stages.asked(model, values)
-    asked = [replace(e, row=replace(e.row, after=e.row.after[: -len(e.answer)], labels=e.row.labels[: -len(e.answer)])) for e in found]
+    asked = [unanswered(prompted) for prompted in found]
     options = {"max_new_tokens": len(found[0].answer), "sampling": Sampling()}
     return Subject(model, asked, [e.answer for e in found], lambda row, gold: tuple(row.ids) == gold, options)
 

@@ -51,7 +51,7 @@ def ablate(
     rows = [run.row(OWN, "own", run.answers, run.answers)]
     for name, kind, edit in progress(edits, label="interventions"):
         rows.append(run.row(name, kind, run.ask(edit), run.answers, run.donor if name == "another question's" else None))
-    for layer in progress(run.layers, label="layers"):
+    for layer in progress(run.layers, label="layers") if run.layers else ():
         rows += run.patched(layer)
     return rows
 

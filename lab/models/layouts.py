@@ -132,6 +132,17 @@ def generate(model: LatentModel | str | Path, questions: Sequence[Any], samples:
     return (model if isinstance(model, LatentModel) else load(model)).generate(questions, samples, **options)
 
 
+def identify(path_or_hub_id: str | Path, method: str = "", revision: str | None = None) -> Layout:
+    """What `load` takes a checkpoint for, without loading it; raises CheckpointError as it does."""
+    name = str(path_or_hub_id)
+    if name.startswith("toy:"):
+        return Layout(PLAIN, "a toy of random weights, made here")
+    path = local_path(name, revision)
+    if (path / MANIFEST).is_file():
+        return Layout(read_manifest(path)["method"], f"our own format ({MANIFEST})")
+    return recognise(FolderFiles(path), method)[1]
+
+
 def recognise(files: FolderFiles, method: str = "") -> tuple[Recogniser, Layout]:
     """The one recogniser that knows `files` (of `method`, if given), and what it found; CheckpointError for none or several."""
     found = [(recogniser, layout) for recogniser in recognisers() if (layout := recogniser.recognise(files))]

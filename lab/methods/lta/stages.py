@@ -294,7 +294,7 @@ def thought_trace(model: ThoughtModel, rows: list[Prompted], k: int) -> Trace:
     name = (lambda ids: " ".join(toy.WORLD.vocabulary[i] for i in ids)) if model.tokenizer is None else model.tokenizer.decode
     samples, thoughts = [], []
     for number, row in enumerate(rows):
-        made = make_all(model, [row])[0].float()
+        made = make_all(model, [row])[0].detach().float()
         samples.append({"question": number, "sample": 0, "prompt": name([*row.row.prompt, *row.row.after]), "text": ""})
         for place, near in enumerate(nearest_tokens(model, row, k)):
             top = {"top_texts": [text for text, _ in near], "top_probs": [value for _, value in near]}
