@@ -50,7 +50,7 @@ def kill_at(call, path, lines):
     assert process.wait() == -9, "it ended before it could be killed"
 
 
-def test_a_training_killed_again_and_again(tmp_path):
+def test_a_training_killed_again_and_again(tmp_path, record_property):
     def call(name):
         return f"t.train({str(tmp_path / name)!r}, steps=1200, save_every=100, log_every=1)"
 
@@ -60,6 +60,7 @@ def test_a_training_killed_again_and_again(tmp_path):
         seen += draw.randint(60, 260)
         kill_at(call("broken"), path, seen)
         seen = path.read_bytes().count(b"\n")
+    record_property("kills of a training alone", 4)
     run_to_the_end(call("broken"))
     curves = [[row["loss"] for row in kept_and_discarded(files.read_lines(tmp_path / n / "metrics.jsonl"))[0]] for n in ("whole", "broken")]
     assert len(curves[0]) == 1200 and curves[0] == curves[1]
@@ -86,7 +87,7 @@ def test_a_truncated_checkpoint_is_named_and_without_it_training_resumes(tmp_pat
     assert again["weights"] == whole["weights"]
 
 
-def test_an_evaluation_killed_again_and_again(tmp_path):
+def test_an_evaluation_killed_again_and_again(tmp_path, record_property):
     def call(name):
         return f"t.ask({str(tmp_path / name)!r})"
 
@@ -94,6 +95,7 @@ def test_an_evaluation_killed_again_and_again(tmp_path):
     path = tmp_path / "broken" / "samples.jsonl"
     for lines in (3, 30, 31, 75):
         kill_at(call("broken"), path, lines)
+    record_property("kills of an evaluation alone", 4)
     run_to_the_end(call("broken"))
     answers = []
     for name in ("whole", "broken"):
@@ -165,5 +167,5 @@ def test_a_pipeline_killed_at_twenty_random_moments(tmp_path, record_property, m
         assert [name for name in wanted if came[name] != wanted[name]] == []
         assert not list(folder.glob(".*.partial")) and (folder / "report.html").exists()
     assert len(phases) >= 3, "the moments lie in several steps"
-    record_property("kills", sum(phases.values()))
-    record_property("phases", dict(phases))
+    for phase, count in phases.items():
+        record_property(f"kills during {phase}", count)

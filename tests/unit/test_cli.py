@@ -193,6 +193,11 @@ def test_every_command_explains_itself(command):
     assert result.exit_code == 0 and "Usage" in result.output
 
 
+def test_every_command_speaks_json():
+    for command in cli.app.registered_commands:
+        assert "as_json" in command.callback.__annotations__, command.callback.__name__
+
+
 @pytest.mark.parametrize("code", ["import lab", "import sys; sys.argv = ['lab', '--help']; import lab.cli; lab.cli.main()"])
 def test_starting_is_quick_and_loads_nothing_heavy(code):
     heavy = ["torch", "transformers", "peft", "trl", "datasets", "pandas", "numpy", "matplotlib", "papermill", "nbformat"]
