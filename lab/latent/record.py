@@ -63,6 +63,7 @@ class Response:
 
     Attributes:
         thoughts: how many were made; `capped`: they were ended by the budget. norms: L2 norm of each.
+        similarity: cosine of each with the one before it, NaN for the first.
         top: (texts, probabilities) of the candidates at each state, where they were asked for.
         channels: what else the policy noted per thought, name -> numbers.
     """
@@ -77,6 +78,7 @@ class Response:
     thoughts: int = 0
     capped: bool = False
     norms: list[float] = field(default_factory=list)
+    similarity: list[float] = field(default_factory=list)
     top: list[tuple[list[str], list[float]]] = field(default_factory=list)
     channels: dict[str, list[float]] = field(default_factory=dict)
 
@@ -137,6 +139,7 @@ class Responses:
             texts, probs = row.top[step] if row.top else ([], [])
             entry = {"question": row.question, "sample": row.sample, "step": step, "top_texts": texts, "top_probs": probs}
             entry["norm"] = row.norms[step] if step < len(row.norms) else NAN
+            entry["similarity"] = row.similarity[step] if step < len(row.similarity) else NAN
             yield entry | {name: values[step] if step < len(values) else NAN for name, values in row.channels.items()}
 
     def _text(self, ids: list[int]) -> str:
@@ -230,6 +233,7 @@ def _responses(
     logprobs, counts, capped = done.notes["logprob"].tolist(), done.counts.tolist(), done.capped.tolist()
     thoughts = model.decoder.table.weight[:0].expand(len(counts), 0, -1) if done.thoughts is None else done.thoughts
     norms = thoughts.float().norm(dim=-1).tolist()
+    similar = torch.nn.functional.cosine_similarity(thoughts[:, 1:].float(), thoughts[:, :-1].float(), dim=-1).tolist()
     for place, ids in enumerate(done.answers()):
         number, count = group[place // ask.samples], counts[place]
         yield (
@@ -244,6 +248,7 @@ def _responses(
                 thoughts=count,
                 capped=capped[place],
                 norms=norms[place][:count],
+                similarity=[NAN, *similar[place]][:count],
                 top=[] if top is None else _candidates(model.tokenizer, top, place, count),
                 channels={name: done.notes[name][place].tolist() for name in ask.channels if name in done.notes},
             ),

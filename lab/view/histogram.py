@@ -112,7 +112,7 @@ class Histogram(View):
                         part["mean"].tolist(),
                     )
                 )
-        return chart(f"mean {Channel(self.channel).label} from start (0) to end (1): last", lines)
+        return chart(f"mean {Channel(self.channel).label} by position (0 = start, 1 = end)", lines)
 
 
 def histogram(runs: Trace | Mapping[str, Trace], channel: str = "", split: str = "", bins: int = 10) -> Histogram:

@@ -8,6 +8,7 @@ import numpy as np
 from lab.view.base import escape, number
 
 WIDTH, HEIGHT, LEFT, BOTTOM, POINTS = 360, 168, 52, 22, 400
+DASHES = ("", "7 3", "2 3", "9 3 2 3")  # tell lines apart where colours do not
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,16 @@ def chart(title: str, lines: Sequence[Line]) -> str:
     if not finite.size:
         return f'<figure class="chart"><figcaption>{escape(title)}: no finite value yet</figcaption></figure>'
     span, rise = _range(x), _range(finite)
-    drawn = "".join(_path(line, span, rise) for line in sorted(lines, key=lambda line: not line.faint))
+    clear = [line for line in lines if not line.faint]
+    dashes = {id(line): DASHES[place % len(DASHES)] for place, line in enumerate(clear)}
+    order = sorted(lines, key=lambda line: not line.faint)
+    drawn = "".join(_path(line, span, rise, dashes.get(id(line), "")) for line in order)
     lost = f" · {y.size - finite.size} not finite" if y.size > finite.size else ""
-    words = ", ".join(f"{line.name} {number(_last(line))}".strip() for line in lines if not line.faint) + lost
-    described = escape(f"{title} against step: {words}")
+    words = ", ".join(f"{line.name} {number(_last(line))}".strip() for line in clear) + lost
+    keys = " ".join(_key(line, dashes[id(line)], len(clear) > 1) for line in clear) + escape(lost)
+    described = escape(f"{title}, last values: {words}")
     drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{described}">{_axes(span, rise)}{drawn}</svg>'
-    return f'<figure class="chart"><figcaption><b>{escape(title)}</b> {escape(words)}</figcaption>{drawing}</figure>'
+    return f'<figure class="chart"><figcaption><b>{escape(title)}</b> {keys}</figcaption>{drawing}</figure>'
 
 
 def sparkline(values: Sequence[float], width: int = 24) -> str:
@@ -42,6 +47,19 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
     finite = [value for value in picked if np.isfinite(value)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / ((high - low) or 1))] if np.isfinite(value) else "×" for value in picked)
+
+
+def _key(line: Line, dash: str, sample: bool) -> str:
+    """A line's name with its last value, behind a piece of the line where there are several."""
+    piece = f'<svg class="key" viewBox="0 0 26 8" aria-hidden="true"><path d="M0 4 H26" {_stroke(line, dash)}/></svg>' if sample else ""
+    return f'<span class="key">{piece}{escape(f"{line.name} {number(_last(line))}".strip())}</span>'
+
+
+def _stroke(line: Line, dash: str) -> str:
+    if line.faint:
+        return 'class="faint"'
+    dashed = f";stroke-dasharray:{dash}" if dash else ""
+    return f'style="stroke:color-mix(in srgb,var(--{line.hue}) 78%,var(--ink)){dashed}"'
 
 
 def _last(line: Line) -> float:
@@ -58,7 +76,7 @@ def _tick(value: float) -> str:
     return f"{value:.0e}" if value and not 1e-2 <= abs(value) < 1e5 else number(value)
 
 
-def _path(line: Line, span: tuple[float, float], rise: tuple[float, float]) -> str:
+def _path(line: Line, span: tuple[float, float], rise: tuple[float, float], dash: str) -> str:
     keep = np.unique(np.linspace(0, len(line.x) - 1, min(POINTS, len(line.x))).astype(int)) if len(line.x) else []
     steps, started = [], False
     for place in keep:
@@ -66,7 +84,7 @@ def _path(line: Line, span: tuple[float, float], rise: tuple[float, float]) -> s
         if np.isfinite(value):
             steps.append(f"{'L' if started else 'M'}{_across(line.x[place], span):.1f} {_up(value, rise):.1f}")
         started = bool(np.isfinite(value))
-    style = 'class="faint"' if line.faint else f'style="stroke:color-mix(in srgb,var(--{line.hue}) 78%,var(--ink))"'
+    style = _stroke(line, dash)
     return f'<path d="{" ".join(steps)}" {style}/>' if len(steps) > 1 else "".join(_dot(step, style) for step in steps)
 
 

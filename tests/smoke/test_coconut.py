@@ -205,6 +205,7 @@ def test_trace_tells_thoughts_and_candidates():
     first = trace.thoughts[(trace.thoughts["question"] == 0) & (trace.thoughts["sample"] == 0)]
     assert list(first["step"]) == [0, 1, 2] and all(len(texts) == 5 for texts in first["top_texts"])
     assert first["norm"].iloc[:2].gt(0).all() and first["norm"].iloc[2:].isna().all()
+    assert first["similarity"].isna().tolist() == [True, False, True] and abs(first["similarity"].iloc[1]) <= 1
     roles = trace.tokens[(trace.tokens["question"] == 1) & (trace.tokens["sample"] == 0)]["role"].tolist()
     assert roles.count("thought") == 2 and roles.index("thought") > roles.index("prompt")
 
