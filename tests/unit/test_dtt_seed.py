@@ -1,5 +1,7 @@
 """The seed's YAML files are translated, and what is wrong in them is answered; rewards and spans by hand."""
 
+from pathlib import Path
+
 import pytest
 
 from lab.errors import SettingsError
@@ -34,6 +36,8 @@ wandb_project: dtt-project
 def test_every_key_of_the_specification_is_known():
     assert len(TRAIN) == 38 and {"epsilon_clip", "resume_from_checkpoint", "min_gate_temperature"} <= TRAIN.keys()
     assert {"checkpoint_path", "eval_gumbel_hard", "dataset_split_eval", "load_in_4bit_eval"} <= EVAL.keys()
+    card = (Path(__file__).parents[2] / "papers/dtt/README.md").read_text()
+    assert not [key for key in TRAIN | EVAL if f"`{key}`" not in card], "the card's table translates every key"
 
 
 def test_a_training_yaml_becomes_our_settings(tmp_path):
