@@ -76,7 +76,7 @@ class Rows:
             column: (R,) where to put them; None = thoughts made so far while thinking, tokens said so far otherwise.
         """
         if self.wants(name):
-            place = torch.where(self.phase == Phase.THINK, self.thoughts, self.said) if column is None else column
+            place = column if column is not None else self.thoughts if int(self.phase[0]) == Phase.THINK else self.said
             self.write(name, self.index, place, values)
 
 

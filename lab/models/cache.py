@@ -66,8 +66,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, span: Span, p: float = 0.0) -> Te
     if share > 1:
         q = q.reshape(rows, heads // share, share * columns, width)
         bias = bias if bias is None or columns == 1 else bias.repeat(1, 1, share, 1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=span.causal, dropout_p=p)
-    return out.reshape(rows, heads, columns, width).transpose(1, 2).reshape(rows, columns, -1)
+    return by_column(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=span.causal, dropout_p=p), rows, columns, width)
+
+
+def by_column(out: Tensor, rows: int, columns: int, width: int) -> Tensor:
+    """(R, t, H·head) of attention values whose queries stand in the order (R, H, t, head)."""
+    if columns == 1:
+        return out.reshape(rows, 1, -1)
+    return out.reshape(rows, -1, columns, width).transpose(1, 2).reshape(rows, columns, -1)
 
 
 class GrowKV:
@@ -231,8 +237,11 @@ class SlotKV:
         start, stop = self.columns, self.columns + pos.shape[1]
         if stop > self.capacity:
             self._reserve(max(stop, 2 * self.capacity))
-        self.plain, self.flat = self.plain and valid is None, self.flat and isinstance(depth, int) and depth == 0
-        self.pos[:, start:stop], self.depth[:, start:stop] = pos, depth
+        shallow = isinstance(depth, int) and depth == 0
+        self.plain, self.flat = self.plain and valid is None, self.flat and shallow
+        self.pos[:, start:stop] = pos
+        if not shallow:
+            self.depth[:, start:stop] = depth
         self.blocked[:, start:stop] = 0.0 if valid is None else bias_of(valid.bool())
         self.columns = stop
         span = Span(start, stop)
@@ -296,7 +305,7 @@ class SlotKV:
         mine, my_weight = attention_part(q, keys, values, bias)
         theirs, their_weight = self.shared.attend(layer, q)
         out = torch.lerp(theirs, mine, torch.sigmoid(my_weight - their_weight)[..., None].to(mine.dtype))
-        return out.reshape(rows, heads, columns, width).transpose(1, 2).reshape(rows, columns, -1)
+        return by_column(out, rows, columns, width)
 
     def _taking(self, rows: Tensor, capacity: int) -> "SlotKV":
         stop = self.columns

@@ -231,7 +231,8 @@ def affine(module: nn.Module) -> Callable[[Tensor], Tensor]:
 def lookup(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """The fastest exact call of an embedding: its raw weights where it is a plain table, the module itself otherwise."""
     plain = type(module) is nn.Embedding and module.max_norm is None and module.padding_idx is None
-    return (lambda ids: F.embedding(ids, module.weight)) if plain else module
+    own = module._parameters
+    return (lambda ids: torch.embedding(own["weight"], ids)) if plain else module
 
 
 def _linear(own: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -252,7 +253,7 @@ def norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _layer_norm(own: dict[str, Tensor], shape: tuple[int, ...], eps: float, x: Tensor) -> Tensor:
-    return F.layer_norm(x, shape, own["weight"], own["bias"], eps)
+    return torch.layer_norm(x, shape, own["weight"], own["bias"], eps)
 
 
 def _rms(own: dict[str, Tensor], eps: float, x: Tensor) -> Tensor:
