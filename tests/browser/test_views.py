@@ -52,6 +52,7 @@ def views(tmp_path):
         "histogram": view.histogram(thinking()),
         "samples": view.samples(thinking()),
         "compare": view.compare(decided(), decided()),
+        "runs": view.histogram({"one": thinking(), "two": thinking()}, "gate"),
         "versus": view.versus(thinking(), thinking()),
         "training": view.training(tmp_path),
     }
@@ -137,15 +138,79 @@ def test_hostile_text_is_shown_and_not_obeyed(tab, tmp_path):
             {"question": "<img src=x onerror=window.hacked=1>", "pos": p, "text": text, "iterations": 2} for p, text in enumerate(HOSTILE)
         ],
     )
-    for shown in (view.tokens(trace), view.samples(trace), view.compare(trace, trace)):
+    for shown in (view.tokens(trace), view.samples(trace), view.compare(trace, trace), *hostile_views(tmp_path)):
         one = opened(tab, shown, tmp_path)
         assert one.page.evaluate("window.hacked") is None and one.page.locator("img").count() == 0
-        assert one.page.locator(".lab-view").count() == 1 and one.page.locator("script").count() == 1
+        assert one.page.locator(".lab-view").count() == 1 and one.page.locator("script").count() == bool(shown.script)
     one = opened(tab, view.tokens(trace), tmp_path)
     assert one.page.locator(".t .w").first.inner_text() == HOSTILE[0]
     assert one.page.locator(".t").nth(3).inner_text().startswith("U+202E")
     assert one.page.locator(".t").nth(3).evaluate("element => getComputedStyle(element).direction") == "ltr"
     one.shot("hostile")
+
+
+def hostile_views(folder):
+    """Views whose candidates, steps, answers, names, labels and events are hostile."""
+    lines = [{"arm": HOSTILE[0], "step": s, "loss": 1.0 / (s + 1), HOSTILE[2]: 1.0} for s in range(3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "divergence.jsonl").write_text(json.dumps({"kind": HOSTILE[0], "step": 1, "why": HOSTILE[2]}) + "\n")
+    samples = [{"question": HOSTILE[2], "gold": HOSTILE[1], "answer": HOSTILE[0], "correct": False, "steps": [HOSTILE[0]]}]
+    thoughts = [{"question": HOSTILE[2], "step": 0, "top_texts": HOSTILE, "top_probs": [0.1] * len(HOSTILE)}]
+    tokens = [{"question": HOSTILE[2], "pos": 0, "text": HOSTILE[0], "role": "thought", "gate": 0.5}]
+    trace = Trace.build("codi", samples=samples, thoughts=thoughts, tokens=tokens)
+    right = Trace.build("cot", samples=[samples[0] | {"correct": True}])
+    named = {HOSTILE[0]: trace, HOSTILE[2]: trace}
+    yield from (view.thoughts(trace, candidates=9), view.histogram(named, "gate"), view.versus(trace, right, (HOSTILE[0], HOSTILE[2])))
+    yield view.training(folder)
+
+
+CONTRAST = """
+() => {
+  const light = (c) => { const s = c / 255; return s <= 0.04045 ? s / 12.92 : ((s + 0.055) / 1.055) ** 2.4; };
+  const level = (rgb) => 0.2126 * light(rgb[0]) + 0.7152 * light(rgb[1]) + 0.0722 * light(rgb[2]);
+  const pixel = (colour) => {
+    const canvas = document.createElement('canvas'); canvas.width = canvas.height = 1;
+    const context = canvas.getContext('2d'); context.fillStyle = colour; context.fillRect(0, 0, 1, 1);
+    return [...context.getImageData(0, 0, 1, 1).data];
+  };
+  const ground = (element) => {
+    for (let e = element; e; e = e.parentElement) { const c = pixel(getComputedStyle(e).backgroundColor); if (c[3] > 0) return c; }
+    return [255, 255, 255];
+  };
+  const ratio = (a, b) => { const [x, y] = [level(a), level(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); };
+  return [...document.querySelectorAll('.t .w, .cand .w, td, th, figcaption, header b, .role, .switch span, summary')]
+    .filter((e) => e.offsetParent && e.textContent.trim())
+    .map((e) => [ratio(pixel(getComputedStyle(e).color), ground(e)), e.textContent.trim().slice(0, 20)])
+    .filter(([r]) => r < 4.5);
+}
+"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_can_be_read_on_every_fill_in_every_channel(tab, views, tmp_path, theme):
+    for name, shown in views.items():
+        one = opened(tab, shown, tmp_path, theme=theme)
+        for label in one.page.locator(".switch label").all() or [None]:
+            if label is not None and label.is_visible():
+                label.click()
+            assert one.page.evaluate(CONTRAST) == [], name
+
+
+def test_lines_are_told_apart_without_colour_and_described_in_words(tab, views, tmp_path):
+    one = opened(tab, views["runs"], tmp_path)
+    dashes = one.page.locator("svg[role=img] path").evaluate_all("paths => paths.map(path => getComputedStyle(path).strokeDasharray)")
+    keys = one.page.locator("svg.key path").evaluate_all("paths => paths.map(path => getComputedStyle(path).strokeDasharray)")
+    assert len(set(dashes)) == len(dashes) == 4 and keys == dashes
+    assert "one inside" in one.page.locator("svg[role=img]").get_attribute("aria-label")
+
+
+def test_everything_has_a_name_for_screen_readers_and_a_place_for_the_keyboard(tab, views, tmp_path):
+    for name, shown in views.items():
+        one = opened(tab, shown, tmp_path)
+        unnamed = "svg:not([aria-label]):not([aria-hidden]), input:not(label input), button:empty, section:not([aria-label])"
+        assert one.page.locator(f".lab-view {unnamed}".replace(", ", ", .lab-view ")).count() == 0, name
+        wide = "boxes => boxes.every(box => box.tabIndex === 0)"
+        assert one.page.locator(".scroll").evaluate_all(wide), f"{name}: what scrolls must be reachable by keyboard"
 
 
 def test_tables_sort_by_any_column(tab, views, tmp_path):
