@@ -130,7 +130,7 @@ class Slurm:
         if self._stopped:
             return STOPPED
         try:
-            job = self._executor.submit(on_worker, command, _own_environment(), os.getcwd(), self.needs.minutes)
+            job = self._executor.submit(on_worker, command, _environment(self.needs), os.getcwd(), self.needs.minutes)
         except FailedJobError as error:
             return f"not submitted: {str(error).strip().splitlines()[-1]}"
         self._jobs.append(job)
@@ -202,7 +202,7 @@ class Ray:
     def attempt(self, command: list[str]) -> str:
         if self._stopped:
             return STOPPED
-        task = self._task.remote(command, _own_environment(), os.getcwd(), self.needs.minutes)
+        task = self._task.remote(command, _environment(self.needs), os.getcwd(), self.needs.minutes)
         self._running.add(task)
         try:
             return self._ray.get(task)
@@ -288,8 +288,11 @@ def on_worker(command: list[str], environment: dict[str, str], cwd: str, minutes
     return Commands().run(command, {**environment, **given}, minutes, cwd)
 
 
-def _own_environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith((*_OF_THE_WORKER, kernels.SOCKET, kernels.PARENT))}
+def _environment(needs: Needs) -> dict[str, str]:
+    """What a run elsewhere is given of this process's variables."""
+    left_out = (*_OF_THE_WORKER, kernels.SOCKET, kernels.PARENT)
+    threads = {"OMP_NUM_THREADS": str(needs.cpus)} if needs.cpus else {}
+    return {name: value for name, value in os.environ.items() if not name.startswith(left_out)} | threads
 
 
 def _cuda_devices(devices: list[str], gpus: int) -> list[str]:

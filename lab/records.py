@@ -82,7 +82,14 @@ def _notebook_code(path: Path) -> str:
     return digest(["".join(cell["source"]) for cell in cells if "parameters" not in cell["metadata"].get("tags", [])])
 
 
+def finished_steps(run: Path) -> list[StepRecord]:
+    """The finished steps of a run folder: in the order the recipe planned, whatever a clock that jumps wrote down; others as they ended."""
+    planned = read_json(run / "manifest.json").get("planned", []) if (run / "manifest.json").exists() else []
+    records = [StepRecord(path.parent) for path in run.glob(f"[!.]*/{STEP}")]
+    places = {name: place for place, name in enumerate(planned)}
+    return sorted(records, key=lambda record: (places.get(record.name, len(places)), record.info["finished"]))
+
+
 def results_of(run: Path) -> dict[str, dict[str, Any]]:
-    """{step: headline} of a run folder's finished steps, in the order they finished."""
-    records = sorted((StepRecord(path.parent) for path in run.glob(f"[!.]*/{STEP}")), key=lambda record: record.info["finished"])
-    return {record.name: record.results for record in records}
+    """{step: headline} of a run folder's finished steps, in their order."""
+    return {record.name: record.results for record in finished_steps(run)}

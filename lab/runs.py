@@ -22,7 +22,7 @@ from typing import Any
 from lab import provenance
 from lab.errors import BusyError, RunError
 from lab.files import lock, make_folder, read_json, write_json, write_text, writing
-from lab.records import STEP, StepRecord
+from lab.records import STEP, StepRecord, finished_steps
 
 log = logging.getLogger(__name__)
 
@@ -112,9 +112,8 @@ class Run:
         return all(manifest["steps"].get(name, {}).get("status") == "done" for name in planned)
 
     def steps(self) -> list["StepRecord"]:
-        """The finished steps, in the order they finished."""
-        found = [StepRecord(path.parent) for path in self.folder.glob(f"[!.]*/{STEP}")]
-        return sorted(found, key=lambda record: record.info["finished"])
+        """The finished steps, in their order."""
+        return finished_steps(self.folder)
 
     def step(self, name: str) -> "StepRecord | None":
         """The finished step `name`, if there is one."""

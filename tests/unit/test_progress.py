@@ -85,3 +85,15 @@ def test_inside_a_run_the_state_is_left_for_the_command_to_show(tmp_path, monkey
 @pytest.mark.parametrize(("seconds", "text"), [(7, "0:07"), (723, "12:03"), (3723, "1:02:03"), (59.6, "1:00")])
 def test_clock(seconds, text):
     assert clock(seconds) == text
+
+
+def test_a_table_in_a_terminal_is_drawn_over_the_one_before(monkeypatch, capsys):
+    monkeypatch.setattr(shown, "_size", lambda: (12, 5))
+    terminal = shown.Terminal()
+    terminal.draw("count 1/3\na row that is too long\nb")
+    terminal.draw("count 2/3\nb")
+    terminal.end("b done")
+    terminal.draw("\n".join("abcdefgh"))
+    first, second, last, tall = capsys.readouterr().err.split("\x1b[J")[1:]
+    assert first == "count 1/3\na row that \nb\r\x1b[2A" and second == "count 2/3\nb\r\x1b[1A"
+    assert last == "b done\n\r" and tall == "a\nb\nc\nd", "no higher than the terminal"

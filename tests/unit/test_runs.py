@@ -1,5 +1,6 @@
 """Runs as folders: what a step leaves, what it refuses, what a kill cannot break."""
 
+import itertools
 import json
 import os
 import signal
@@ -254,6 +255,25 @@ def test_the_data_a_parameter_names_is_fingerprinted_by_content(begin, tmp_path)
     second = begin(run=first.run.folder, data=str(data))
     assert second.info["fingerprint"] != first.info["fingerprint"]
     assert second.info["data"]["data"]["digest"] != facts["digest"]
+
+
+def test_a_clock_that_jumps_back_changes_no_order_and_no_duration(begin, monkeypatch):
+    clock = iter(["2031-05-01T10:00:00.000+02:00"] * 4 + ["1999-01-01T00:00:00.000+00:00"] * 50)
+    monkeypatch.setattr(steps, "now", lambda: next(clock))
+    seconds = itertools.cycle([2e9, 1e9, 0.0])
+    monkeypatch.setattr(steps.time, "time", lambda: next(seconds))
+    first = begin()
+    first.run.record({"planned": ["draw", "double"]})
+    for number in range(3):
+        first.log(step=number, loss=0.1 * number)
+    finish(first, total=1)
+    second = begin("double", run=first.run.folder)
+    finish(second, total=2)
+    run = runs.open_run(first.run.folder)
+    assert [record.name for record in run.steps()] == ["draw", "double"] and run.finished
+    assert [line["step"] for line in run.step("draw").metrics] == [0, 1, 2]
+    assert all(0 <= record.info["seconds"] < 60 for record in run.steps())
+    assert run.step("draw").unchanged(first.info["fingerprint"])
 
 
 def test_warnings_reach_the_manifest(begin):
