@@ -22,6 +22,7 @@ def page(bench, tmp_path):
     for index in range(10):
         step.log(step=index, loss=1.0 / (index + 1))
     step.warn(HOSTILE)
+    step.warn(f"evaluate did not finish: see /{'a-long-path/' * 20}evaluate.html#papermill-error-cell")
     step.finish(tah={"hard": 0.8}, note=HOSTILE)
     return report.write([step.run.folder], tmp_path / "report.html")
 
