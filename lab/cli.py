@@ -95,16 +95,13 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Run recipes over seeds and parameters, one process a run; the same command again takes up what is left."""
-    import yaml
-
     from lab import engines
     from lab import sweep as sweeps
 
     out = folder or sweeps.sweep_folder(paper, recipe)
     listed = sweeps.read_points(points) if points else None
-    asked = {key: yaml.safe_load(value) for key, value in _overrides(option).items()}
     needs = engines.Needs(gpus, cpus, memory, timeout)
-    chosen = engines.engine(engine, out / ".jobs", jobs, [d for d in devices.split(",") if d], needs, address, **asked)
+    chosen = engines.engine(engine, out / ".jobs", jobs, [d for d in devices.split(",") if d], needs, address, _overrides(option))
     result = sweeps.run_sweep(paper, recipe, _overrides(values), chosen, out, retries, listed=listed)
     _show(result.as_json(), result.text(), as_json)
     if result.failed:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import yaml
+
 from lab import kernels
 from lab.errors import DeviceError, SettingsError, unknown
 
@@ -221,18 +223,35 @@ ENGINES = ("local", "slurm", "ray")
 
 
 def engine(
-    name: str, folder: Path, jobs: int = 1, devices: list[str] | None = None, needs: Needs = Needs(), address: str = "auto", **options: Any
+    name: str,
+    folder: Path,
+    jobs: int = 1,
+    devices: list[str] | None = None,
+    needs: Needs = Needs(),
+    address: str = "auto",
+    options: dict[str, str] | None = None,
 ) -> Engine:
-    """The engine of that name; SettingsError for an unknown one, or for an option it has no use for. folder: see Slurm."""
+    """The engine of that name; SettingsError for an unknown one, or for an option it has no use for. folder: see Slurm.
+
+    options: texts, read as YAML.
+    """
     if name not in ENGINES:
         raise unknown("engine", name, ENGINES)
+    asked = {option: _value(option, text) for option, text in (options or {}).items()}
     if devices and name != "local":
         raise SettingsError(f"--devices are of this machine; on {name} runs ask for --gpus.")
     if name == "local":
-        if options:
-            raise SettingsError(f"--option {next(iter(options))}: the local engine takes none.")
+        if asked:
+            raise SettingsError(f"--option {next(iter(asked))}: the local engine takes none.")
         return Local(jobs, devices, needs)
-    return Slurm(folder, jobs, needs, options) if name == "slurm" else Ray(jobs, needs, address, options)
+    return Slurm(folder, jobs, needs, asked) if name == "slurm" else Ray(jobs, needs, address, asked)
+
+
+def _value(option: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise SettingsError(f"--option {option}={text}: not a YAML value.") from None
 
 
 class Commands:

@@ -204,8 +204,11 @@ COMMANDS = [
     ["run", "mini", "--run", "file.txt/below"],
     ["run", "mini", "--run", "thesis", "--resume"],
     *(["sweep", "mini", "--recipe", "toy", "-p", text] for text in ("seed=", "seed=a,b", "sed=0,1", "seed=[0", "seed", "count={", "=1")),
-    *(["sweep", "mini", "--recipe", "toy", *more] for more in (["--engine", "slrum"], ["-o", "gpus=1"], ["--points", "none.yaml"])),
-    *(["sweep", "mini", "--recipe", "toy", *more] for more in (["--points", "file.txt"], ["--memory", "1e9"], ["--gpus", "999"])),
+    *(["sweep", "mini", "--recipe", "toy", *more] for more in (["--engine", "slrum"], ["-o", "gpus=1"], ["-o", "a=["])),
+    *(
+        ["sweep", "mini", "--recipe", "toy", *more]
+        for more in (["--points", "file.txt"], ["--points", "none.yaml"], ["--memory", "1e9"], ["--gpus", "999"])
+    ),
     *(["sweep", "mini", "--recipe", "toy", *more] for more in (["--devices", "99"], ["--engine", "ray", "--devices", "0"])),
     *(["sweep", name] for name in (",", "mni", "mini,mni")),
     *([command, path] for command in ("verify", "rerun", "report", "figures") for path in ("nowhere", "thesis", "file.txt")),
