@@ -127,6 +127,14 @@ def load(
     return model.to(target).eval()
 
 
+def load_arms(folder: Path | str, arms: Iterable[str]) -> dict[str, LatentModel]:
+    """The models that a training step saved as `folder`/<arm>, of those arms that are there; SettingsError if there is none."""
+    found = {arm: load(Path(folder) / arm) for arm in arms if (Path(folder) / arm / MANIFEST).is_file()}
+    if not found:
+        raise SettingsError(f"{folder} holds no trained model.")
+    return found
+
+
 def generate(model: LatentModel | str | Path, questions: Sequence[Any], samples: int = 1, **options: Any) -> Any:
     """`samples` answers to each question by a model, or by what `load` finds under a name; see `LatentModel.generate`."""
     return (model if isinstance(model, LatentModel) else load(model)).generate(questions, samples, **options)

@@ -19,7 +19,7 @@ from lab.methods.coconut.objective import exact, labelled, loss, run
 from lab.methods.coconut.policy import generate
 from lab.methods.coconut.train import train
 from lab.models.backbones import load_backbone
-from lab.models.layouts import load
+from lab.models.layouts import load, load_arms
 from lab.models.tokenizers import byte_tokenizer
 from lab.train import TrainSettings
 
@@ -257,7 +257,7 @@ def test_the_written_and_the_thoughtless_arm_train_and_answer(arm: str, tmp_path
         arm, source, problems, s, schedule, how, tmp_path, lambda **row: rows.append(row), backbone="toy:gpt2-micro", **toy
     )
     assert found["steps"] == 16 and [row["stage"] for row in rows][-1] == (3 if arm == "no_thoughts" else 0)
-    model = stages.models_in(tmp_path)[arm]
+    model = load_arms(tmp_path, stages.ARMS)[arm]
     assert model.config.mode == arm and model.config.start_id == -1
     answers = model.generate(source.held_out()[:4], max_new_tokens=8)
     assert all(row.thoughts == 0 and len(row.ids) <= 8 for row in answers.rows)

@@ -9,7 +9,7 @@ import torch
 
 from lab.data.examples import Dataset
 from lab.data.source import Source, words_of
-from lab.errors import SettingsError, unknown
+from lab.errors import unknown
 from lab.methods.coconut.config import CoconutSettings, Schedule
 from lab.methods.coconut.data import prepare
 from lab.methods.coconut.model import CoconutModel
@@ -95,13 +95,3 @@ def stages_text(found: Sequence[Stretch]) -> str:
 def epochs_of(steps: int, problems: int, batch: int) -> int:
     """Epochs that come to about `steps`, at least one."""
     return max(1, math.ceil(steps * batch / problems))
-
-
-def models_in(folder: Path | str, names: Sequence[str] = ARMS) -> dict[str, CoconutModel]:
-    """The models a training step has saved, by arm; SettingsError if there is none."""
-    from lab.models.layouts import load
-
-    found = {name: load(Path(folder) / name) for name in names if (Path(folder) / name / "lab.json").is_file()}
-    if not found:
-        raise SettingsError(f"{folder} holds no trained model.")
-    return found

@@ -1,7 +1,7 @@
-"""What the notebooks call: a model to start from (a toy learns to reason in writing first), the arms, and their models again."""
+"""What the notebooks call: a model to start from (a toy learns to reason in writing first), and the arms."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,10 @@ import torch
 
 from lab.data.examples import Dataset
 from lab.data.source import Source, words_of
-from lab.errors import SettingsError
 from lab.methods.codi.config import CodiSettings
 from lab.methods.codi.data import PREFIX, prepare
 from lab.methods.codi.model import CodiModel
-from lab.methods.codi.train import ARMS, arm_settings, train
+from lab.methods.codi.train import arm_settings, train
 from lab.train import TrainSettings
 
 
@@ -69,13 +68,3 @@ def run_arm(
     found = train(model, kept.rows, how, folder / f"training-{arm}", log, arm=arm, held_out=judged)
     model.save(folder / arm, overwrite=True)
     return {"loss": found.loss, "steps": found.steps, "learning": found.learning, "seconds": found.seconds, "dropped": kept.note()}
-
-
-def models_in(folder: Path | str, names: Sequence[str] = tuple(ARMS)) -> dict[str, CodiModel]:
-    """The models a training step has saved, by arm; SettingsError if there is none."""
-    from lab.models.layouts import load
-
-    found = {name: load(Path(folder) / name) for name in names if (Path(folder) / name / "lab.json").is_file()}
-    if not found:
-        raise SettingsError(f"{folder} holds no trained model.")
-    return found
