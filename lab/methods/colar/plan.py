@@ -30,7 +30,7 @@ def warm_up_settings(given: Mapping[str, Any]) -> TrainSettings:
     """Of the written reasoning before it."""
     steps = given["warm_up_steps"]
     rise = min(given["warmup_steps"], steps // 2)
-    rate = {"lr": given["lr"], "schedule": "cosine_with_min_lr", "min_lr_ratio": 0.02, "warmup_steps": rise}
+    rate = {"lr": given["warm_up_lr"] or given["lr"], "schedule": "cosine_with_min_lr", "min_lr_ratio": 0.02, "warmup_steps": rise}
     return TrainSettings.check(**_shared(given), steps=steps, **rate)
 
 
