@@ -38,12 +38,21 @@ def first_look(model: LatentModel, question: Any, *, generator: LatentModel | No
     """The answer to a question, greedy or as the method's published settings have it.
 
     Args:
+        question: text, an `Example`, or ids; of a model without a tokenizer also ids as text, such as "3 4 5".
         generator: of a reward model: what answers, and whose thoughts it scores. options: of `generate`.
     """
+    if (model if generator is None else generator).tokenizer is None and isinstance(question, str):
+        question = _ids(question)
     if model.method == "latenttts":
         return _scored(model, question, generator, options)
     found = model.generate([question], **({"candidates": CANDIDATES} if model.method == "tah" else {"top": CANDIDATES}), **options)
     return Look(found.texts[0], found.trace())
+
+
+def _ids(text: str) -> list[int]:
+    if not text or not all(word.isdecimal() for word in text.split()):
+        raise SettingsError("This model has no tokenizer: write the question as token ids, such as 3 4 5, or load it with tokenizer=….")
+    return [int(word) for word in text.split()]
 
 
 def _scored(reward: Any, question: Any, generator: LatentModel | None, options: dict[str, Any]) -> Look:

@@ -76,8 +76,9 @@ def _coconut(folder: Path, steps: Callable[[int], int], seed: int) -> tuple[Path
     from lab.train import TrainSettings
 
     values = {"benchmark": "permutations", "hops": 2, "train_problems": 64 * steps(50), "test_problems": 200, "seed": seed}
-    source, settings = Source.check(**values), CoconutSettings.check(c_thought=1, max_latent_stage=2, epochs_per_stage=8)
-    schedule = Schedule.check(epochs=steps(24), switch_at=0.98)
+    stage = steps(8)
+    source, settings = Source.check(**values), CoconutSettings.check(c_thought=1, max_latent_stage=2, epochs_per_stage=stage)
+    schedule = Schedule.check(epochs=3 * stage, switch_at=0.98)
     optimizing = {"lr": 1e-3, "schedule": "constant", "decay_all": True, "save_every": 0, "eval_every": 25}
     how = TrainSettings.check(steps=1, global_batch=64, seed=seed, **optimizing)
     shape = {"layers": 1, "initializer_range": 0.1}
