@@ -1,5 +1,6 @@
 """Run: pytest tests/unit/test_figures.py"""
 
+import re
 import subprocess
 import sys
 
@@ -227,3 +228,14 @@ def test_every_listed_picture_names_a_paper_a_recipe_and_a_step():
     for card in cards.cards():
         assert card.recipe in papers.recipes(card.paper) and papers.pipeline(card.paper).spec(card.step)
         assert bool(card.figure) != bool(card.view)
+
+
+def test_pictures_in_the_cards_are_listed_and_listed_ones_that_exist_are_shown():
+    home = provenance.home()
+    shown = set()
+    for page in [home / "README.md", *(home / "papers").glob("*/README.md")]:
+        for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text()):
+            assert (page.parent / target).is_file(), f"{page} shows {target}"
+            shown.add((page.parent / target).relative_to(home).with_suffix("").as_posix())
+    listed = {card.picture for card in cards.cards()}
+    assert shown <= listed and {name for name in listed if (home / f"{name}.png").exists()} <= shown
