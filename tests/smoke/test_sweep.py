@@ -212,6 +212,26 @@ def test_a_device_that_is_not_there_is_an_error_at_once(bench, outputs):
     assert not outputs.exists()
 
 
+def test_runs_that_need_two_gpus_share_four(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    engine = Local(needs=Needs(gpus=2, cpus=3))
+    tell = "import os, sys; sys.exit('lab: ' + os.environ['CUDA_VISIBLE_DEVICES'] + ' ' + os.environ['OMP_NUM_THREADS'])"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert engine.slots == 2 and {engine.attempt([sys.executable, "-c", tell]) for _ in range(4)} == {"0,1 3", "2,3 3"}
+    assert Local(devices=["3"]).slots == 1
+    with pytest.raises(DeviceError, match="asks for 5 GPUs; there are 4"):
+        Local(needs=Needs(gpus=5))
+    with pytest.raises(DeviceError, match="GiB of memory; this machine has"):
+        Local(jobs=2, needs=Needs(memory=1e5))
+
+
+def test_what_a_run_says_was_wrong_is_its_own_last_word(monkeypatch):
+    noisy = "import sys; print('a warning', file=sys.stderr); print('lab: the reason', file=sys.stderr); sys.exit(2)"
+    assert Local().attempt([sys.executable, "-c", noisy]) == "the reason"
+    assert Local().attempt([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]) == "ended by signal 9"
+    assert Local().attempt([sys.executable, "-c", "import sys; sys.exit(7)"]) == "exit status 7"
+
+
 def test_the_papers_own_grid_is_the_default(bench):
     assert sweep._grid("mini", "toy", {}) == {"seed": ["0", "1", "2"]}
     assert sweep._grid("mini", "long", {"widths": "[1, 2], [3]"}) == {"seed": ["0", "1", "2", "3", "4"], "widths": ["[1, 2]", "[3]"]}
