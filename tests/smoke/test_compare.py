@@ -1,0 +1,48 @@
+"""The comparison with tiny real models: equal budgets, results that a second call finds, methods that cannot take part."""
+
+import pytest
+
+from lab import compare
+from lab.data.source import Source
+from lab.entrants import Start
+from lab.errors import SettingsError
+from lab.evaluate import Decoding
+from lab.train import TrainSettings
+
+SOURCE = Source(train_problems=64, test_problems=8)
+HOW = TrainSettings(steps=1, global_batch=8, lr=1e-3, save_every=0, log_every=0, device="cpu")
+DECODING = Decoding(max_new_tokens=4, batch=8)
+
+
+@pytest.fixture(scope="module")
+def begin(tmp_path_factory) -> Start:
+    return compare.start("toy:llama-micro", SOURCE, tmp_path_factory.mktemp("compare"), HOW, thoughts=3, base_steps=2)
+
+
+def test_equal_tokens_are_equal_to_within_the_probes_precision(begin):
+    spent = {}
+    for name in ("no_cot", "cot", "dtt"):
+        _, spent[name] = compare.learn(name, begin, compare.Budget(unit="tokens", amount=6000, probe=6))
+    assert all(abs(one["tokens"] / 6000 - 1) < 0.3 for one in spent.values()), spent
+    assert spent["no_cot"]["steps"] > spent["cot"]["steps"] > spent["dtt"]["steps"], "dearer steps are fewer"
+
+
+def test_what_was_measured_is_not_measured_again_and_a_wrong_name_comes_first(begin, tmp_path):
+    test, budget = compare.problems(SOURCE, "test"), compare.Budget(amount=6)
+    compare.run(["no_cot"], begin, budget, test, tmp_path, DECODING)
+    before = (tmp_path / "no_cot" / compare.SPENT).stat().st_mtime_ns
+    compare.run(["no_cot", "lta"], begin, budget, test, tmp_path, DECODING)
+    assert (tmp_path / "no_cot" / compare.SPENT).stat().st_mtime_ns == before
+    rows = {row["method"]: row for row in compare.table(tmp_path)}
+    assert rows["lta"]["thoughts"] == 3 and rows["no_cot"]["thoughts"] == 0 and rows["lta"]["questions"] == len(test)
+    with pytest.raises(SettingsError, match="Unknown method to compare"):
+        compare.run(["no_cot", "codee"], begin, budget, test, tmp_path / "other", DECODING)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_start_without_a_mistake_leaves_tah_out(begin, tmp_path, monkeypatch):
+    from lab.methods.tah import labels
+
+    monkeypatch.setattr(labels, "statistics", lambda body, rows: [row | {"mismatch": [0] * len(row["mask"])} for row in rows])
+    compare.run(["tah"], begin, compare.Budget(amount=6), compare.problems(SOURCE, "test"), tmp_path, DECODING)
+    assert "Not a single hard token" in compare.left_out(tmp_path)["tah"] and compare.table(tmp_path) == []
