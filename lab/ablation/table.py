@@ -70,15 +70,17 @@ class _Run:
         self.subject, self.layers, self.options = subject, layers, options
         seen, fixed = Observed(layers), subject.model.method not in INTERLEAVED
         self.answers = self.ask(seen)
-        each = len(self.answers) // len(subject.questions)
-        own = seen.thoughts(len(self.answers), options.get("samples", 1), each, fixed)
+        count, sets = len(subject.questions), subject.model.settings.get("num_scaling_times", 1)  # SoftCoT++: prompts a question
+        samples = -(-options.get("samples", 1) // sets)
+        own = seen.thoughts(count * sets * samples, samples, sets * samples, fixed)
         if own is None:
             raise SettingsError(
                 f"The model ({subject.model.method}) made no thoughts on these questions, so there is nothing to replace: "
                 "it is no model that thinks, or this one did not."
             )
         self.own: Thoughts = own
-        self.donor = [self.answers[row].question for row in own.donors.tolist()]
+        self.each = len(self.answers) // count
+        self.donor = (own.donors[:: own.each] // own.each).tolist()
 
     def ask(self, edit: Edit, questions: Sequence[Any] | None = None) -> list[Response]:
         asked = self.subject.questions if questions is None else questions
@@ -86,18 +88,16 @@ class _Run:
 
     def patched(self, layer: int) -> list[dict[str, Any]]:
         """Both directions for one layer; the corrupted run of a question is that of its donor."""
-        own, donors, number = self.own, self.own.donors, [row.question for row in self.answers]
-        corrupted = own.taken(donors)
-        questions = [self.subject.questions[self.donor[first]] for first in range(0, len(number), own.each)]
+        own, donor, clean = self.own, self.donor, list(range(len(self.donor)))
+        corrupted = own.taken(own.donors)
         into_clean = self.ask(Patched(corrupted, layer, own))
-        reverse = self.ask(Patched(own, layer, corrupted), questions)
-        untouched = [self.answers[row] for row in donors.tolist()]
-        return [
-            self.row(f"layer {layer}, corrupted into clean", "corrupted into clean", into_clean, self.answers, self.donor, layer=layer),
-            self.row(
-                f"layer {layer}, clean into corrupted", "clean into corrupted", reverse, untouched, number, asked=self.donor, layer=layer
-            ),
-        ]
+        reverse = self.ask(Patched(own, layer, corrupted), [self.subject.questions[number] for number in donor])
+        untouched = [row for number in donor for row in self.answers[number * self.each : (number + 1) * self.each]]
+        ways = (
+            ("corrupted into clean", into_clean, self.answers, donor, clean),
+            ("clean into corrupted", reverse, untouched, clean, donor),
+        )
+        return [self.row(f"layer {layer}, {way}", way, found, before, source, asked, layer) for way, found, before, source, asked in ways]
 
     def row(
         self,
@@ -109,10 +109,10 @@ class _Run:
         asked: list[int] | None = None,
         layer: int = -1,
     ) -> dict[str, Any]:
-        """A row of the table; `asked` and `source`: numbers of the question that was asked and that the thoughts came from, by answer."""
-        asked = asked or [row.question for row in self.answers]
+        """A row of the table; `asked` and `source`: the numbers of the questions asked, and of those that the thoughts came from."""
+        asked = list(range(len(self.donor))) if asked is None else asked
         right, before = self._right(answers, asked), self._right(own, asked)
-        interval = proportion_interval(sum(right), len(right)) if self.own.each == 1 else mean_interval(self._by_question(right))
+        interval = proportion_interval(sum(right), len(right)) if self.each == 1 else mean_interval(self._by_question(right))
         change = paired_difference(self._by_question(right), self._by_question(before))
         return {
             "intervention": name,
@@ -130,15 +130,14 @@ class _Run:
         }
 
     def _right(self, answers: list[Response], numbers: list[int]) -> list[bool]:
-        gold = self.subject.gold
-        return [bool(self.subject.right(row, gold[number])) for row, number in zip(answers, numbers, strict=True)]
+        gold = [self.subject.gold[number] for number in numbers for _ in range(self.each)]
+        return [bool(self.subject.right(row, answer)) for row, answer in zip(answers, gold, strict=True)]
 
     def _by_question(self, right: list[bool]) -> list[float]:
-        each = self.own.each
-        return [sum(right[first : first + each]) / each for first in range(0, len(right), each)]
+        return [sum(right[first : first + self.each]) / self.each for first in range(0, len(right), self.each)]
 
     def _other(self, answers: list[Response], asked: list[int], source: list[int]) -> float:
         """Share of answers that are right for `source`, where its answer is not that of the question asked."""
-        gold, found = self.subject.gold, self._right(answers, source)
+        gold, found = self.subject.gold, self._by_question(self._right(answers, source))
         differing = [hit for hit, a, b in zip(found, asked, source, strict=True) if gold[a] != gold[b]]
         return sum(differing) / len(differing) if differing else float("nan")

@@ -264,6 +264,27 @@ def test_samples_and_sets_of_a_question_stay_together():
     assert row["questions"] == 6 and row["low"] <= row["accuracy"] <= row["high"]
 
 
+@pytest.mark.parametrize("samples", [1, 4])
+def test_sets_of_thoughts_are_replaced_by_the_same_set_of_another_question(samples):
+    from test_lta_prompting import TOKENIZERS
+
+    from lab.methods.lta.config import LtaSettings
+    from lab.methods.softcot.model import SoftcotModel
+
+    shape = {"vocab_size": 272, "hidden": 32, "heads": 4, "kv_heads": 2, "layers": 2, "initializer_range": 0.2}
+    settings = LtaSettings.check(generator="assistant", num_thought_tokens=2, num_scaling_times=2, family="qwen3")
+    base, small = (load_backbone("toy:qwen3", seed=seed, **shape) for seed in (0, 1))
+    model = SoftcotModel.start(base, TOKENIZERS["qwen3"], settings, assistant=small)
+    model.use_assistant(small, start_ids=[40, 41])
+    one = Subject(model.eval(), QUESTIONS, QUESTIONS, lambda row, gold: len(row.ids) % 2 == len(gold) % 2, {"sampling": Sampling()})
+    run = _Run(one, [1], {"samples": samples, "max_new_tokens": 4, "seed": 0, **one.options})
+    assert len(run.answers) == 6 * samples and len(run.own.counts) == 6 * 2 * max(1, samples // 2)
+    each, row = run.own.each, torch.arange(len(run.own.counts))
+    assert (run.own.donors % each == row % each).all() and (run.own.donors // each != row // each).all()
+    assert said(run.ask(Patched(run.own, 1, run.own))) == said(run.answers)
+    assert all(len(found["intervention"]) and found["questions"] == 6 for found in run.patched(1))
+
+
 def test_the_table():
     one, _ = subject("coconut, qwen3")
     rows = {row["intervention"]: row for row in ablate(one, each=3, layers=None)}

@@ -38,7 +38,6 @@ def generate(
     sampling: Sampling | None = None,
     max_new_tokens: int = 1024,
     leave_out: int | None = None,
-    vectors: Tensor | None = None,
     **ask: Any,
 ) -> Responses:
     """Answers to texts, `Example`s or `Prompted`s.
@@ -48,12 +47,11 @@ def generate(
         sampling: None = the published settings of the model's family.
         leave_out: number of one thought to replace by the placeholder's embedding (leave-one-out).
         ask: see `lab.latent.record.Ask`. With K sets of thoughts, sample s reads set s mod K, so K·R samples are R answers to each.
-        vectors: (Q·K, n, D) thoughts to read instead of the model's own.
     """
     s, sets = model.config, model.config.num_scaling_times
     asked = [prompted(model, question, thoughts) for question in questions]
     with torch.no_grad():
-        made = make_all(model, asked) if vectors is None else vectors
+        made = make_all(model, asked)
     if leave_out is not None and made is not None:
         made = without(model, made, leave_out)
     prompts = [_numbered(row, number) for number, row in enumerate(row for row in asked for _ in range(sets))]
