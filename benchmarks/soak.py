@@ -24,7 +24,7 @@ def one_round(number: int, chosen: str) -> Counter[str]:
     """{what was counted: how often}: tests passed, failed and skipped, and what the tests themselves recorded."""
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-q", *TESTS, "-k", chosen, f"--junitxml={page}"]
+        command = [sys.executable, "-m", "pytest", "-q", *TESTS, "-k", chosen, f"--junitxml={page}", "-o", "junit_family=xunit1"]
         done = subprocess.run(command, cwd=HOME, env={**os.environ, "LAB_SOAK_SEED": str(number)}, capture_output=True, text=True)
         if not page.exists():
             sys.exit(done.stdout + done.stderr)

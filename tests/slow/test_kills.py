@@ -115,7 +115,7 @@ def start_pipeline(folder):
 
 
 def kill_somewhere(process, folder, draw):
-    """Kills the command, its kernel, or both; returns the step that was running."""
+    """Kills the command, its kernel, or both; returns the step that was running and whether the run had ended all the same."""
     phase = "starting"
     with contextlib.suppress(OSError, ValueError):
         phase = json.loads((folder / ".live.json").read_text())["step"].split()[0]
@@ -124,8 +124,8 @@ def kill_somewhere(process, folder, draw):
     for pid in draw.choice([[process.pid], kernel or [process.pid], [process.pid, *kernel]]):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    assert process.wait(120) in (-signal.SIGKILL, 1), process.stderr.read()
-    return phase
+    assert process.wait(120) in (-signal.SIGKILL, 1, 0), process.stderr.read()
+    return phase, process.returncode == 0  # a kernel may have been killed when it had done its work
 
 
 def what_came_out(folder):
@@ -153,12 +153,14 @@ def test_a_pipeline_killed_at_twenty_random_moments(tmp_path, record_property, m
         assert start_pipeline(tmp_path / "whole").wait(600) == 0
         took = time.monotonic() - began
         while sum(phases.values()) < KILLS:
-            process = start_pipeline(done[-1])
+            process, ended = start_pipeline(done[-1]), True
             try:
                 assert process.wait(draw.uniform(0.05, 0.4) * took) == 0, process.stderr.read()
-                done.append(tmp_path / str(len(done)))
             except subprocess.TimeoutExpired:
-                phases[kill_somewhere(process, done[-1], draw)] += 1
+                phase, ended = kill_somewhere(process, done[-1], draw)
+                phases[phase] += 1
+            if ended:
+                done.append(tmp_path / str(len(done)))
         assert start_pipeline(done[-1]).wait(600) == 0
     wanted = what_came_out(tmp_path / "whole")
     for folder in done:
