@@ -102,3 +102,12 @@ def test_reward_functions_are_three_and_named():
     rows = [[94, 1, 2, 95, 7], [7]]
     given = {"completion_ids": rows, "answer": ["7", "7"], "gates": [[0.0, 1.0, 1.0, 1.0], []]}
     assert [function(**given) for function in weights] == [[1.0, -0.5], [-2.0, 0.0], [0.0, -1.0]]
+
+
+def test_the_penalty_on_tokens_rises_over_its_warm_up():
+    from types import SimpleNamespace
+
+    s = GatedSettings(bot_id=94, eot_id=95, eos_id=93)
+    of_tokens = next(f for f in rewards_of(None, s, RewardSettings(lambda_warmup=4)) if f.__name__ == "token_efficiency")
+    paid = [of_tokens([[94, 1, 2, 95, 7]], trainer_state=SimpleNamespace(global_step=step)) for step in (0, 1, 3, 9)]
+    assert paid == [[-0.5], [-1.0], [-2.0], [-2.0]]

@@ -37,7 +37,7 @@ def rl_arguments(v: Values, model: str) -> Values:
         "model": model,
         "benchmark": v["benchmark"],
         "rl": rl,
-        "rewards": {name: v[name] for name in ("lambda_penalty", "gate_penalty_coeff", "malformed")},
+        "rewards": {name: v[name] for name in ("lambda_penalty", "lambda_warmup", "gate_penalty_coeff", "malformed")},
         "gate": {name: v[name] for name in ("constant_groups", "recompute", "anneal", "min_temperature")},
         "lora": {"rank": v["lora_rank"], "alpha": v["lora_alpha"], "dropout": v["lora_dropout"]},
         "lr_gate": v["lr_gate"],

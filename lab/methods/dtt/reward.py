@@ -19,6 +19,7 @@ class RewardSettings(Settings):
     """Weights of the parts."""
 
     lambda_penalty: float = Field(0.01, ge=0)  # for each reasoning token
+    lambda_warmup: int = Field(0, ge=0)  # updates in which lambda_penalty rises to its value, so that reasoning is learned before it is cut
     gate_penalty_coeff: float = Field(0.05, ge=0)
     malformed: float = -0.5  # correctness without [bot] … [eot]; the seed document says 0
 
@@ -97,8 +98,9 @@ def rewards_of(tokenizer, s: GatedSettings, how: RewardSettings) -> dict[Reward,
         found = zip(completion_ids, spans(completion_ids), answer, strict=True)
         return [correctness(row, span, gold, decode, how.malformed) for row, span, gold in found]
 
-    def of_tokens(completion_ids: list, **_: Any) -> list[float]:
-        return [token_efficiency(span) for span in spans(completion_ids)]
+    def of_tokens(completion_ids: list, trainer_state: Any = None, **_: Any) -> list[float]:
+        risen = min(1.0, (trainer_state.global_step + 1) / how.lambda_warmup) if how.lambda_warmup else 1.0
+        return [risen * token_efficiency(span) for span in spans(completion_ids)]
 
     def of_gates(completion_ids: list, gates: list[list[float]], **_: Any) -> list[float]:
         return [gate_sparsity(g, span, len(row)) for row, g, span in zip(completion_ids, gates, spans(completion_ids), strict=True)]
