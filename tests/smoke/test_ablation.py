@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab.ablation import INTERVENTIONS, Subject, Thoughts, ablate
+from lab.ablation import INTERVENTIONS, Subject, Thoughts, ablate, subject_of
 from lab.ablation.interventions import Observed, Patched, Replaced, as_is, swapped, without, zeroed
 from lab.ablation.table import _Run
 from lab.data.examples import Example
-from lab.errors import SettingsError
+from lab.errors import RunError, SettingsError
 from lab.latent.edit import READ, Edit, Place
 from lab.latent.sampling import Sampling
 from lab.models.backbones import load_backbone
@@ -309,3 +309,33 @@ def test_mistakes_get_one_sentence():
     with pytest.raises(SettingsError, match="hidden states 0 to 1"):
         ablate(asked, layers=(7,))
     assert Example("a", "b", answer="c") == Example("a", "b", answer="c"), "gold answers are compared"
+
+
+def test_a_run_is_asked_as_its_own_evaluation_asks(tmp_path):
+    from lab.data.source import Source, words_of
+    from lab.files import write_json
+    from lab.methods.coconut.config import CoconutSettings
+    from lab.methods.coconut.model import CoconutModel
+
+    values = {"benchmark": "permutations", "hops": 2, "train_problems": 8, "test_problems": 5, "seed": 0}
+    source = Source.check(**values)
+    tokenizer = word_tokenizer(words_of((source.train(), source.held_out()), ["###"]))
+    backbone = load_backbone("toy:gpt2-micro", vocab_size=len(tokenizer))
+    model = CoconutModel.start(backbone, tokenizer, CoconutSettings(thoughts=2))
+    model.save(tmp_path / "train" / "coconut")
+    write_json(tmp_path / "manifest.json", {"paper": "coconut", "steps": {}})
+    with pytest.raises(RunError, match="no finished step 'evaluate'"):
+        subject_of(str(tmp_path))
+    (tmp_path / "evaluate").mkdir()
+    write_json(tmp_path / "evaluate" / "step.json", {"parameters": values | {"max_new_tokens": 3}})
+    for place in (tmp_path, tmp_path / "train", tmp_path / "train" / "coconut"):
+        found = subject_of(str(place), sampling=Sampling())
+        assert [e.question for e in found.questions] == [e.question for e in source.held_out()]
+        assert found.name == "coconut" and set(found.options) == {"max_new_tokens", "sampling"} and found.first(2).gold == found.gold[:2]
+    answer = found.model.generate(found.questions[:1], **found.options).rows[0]
+    assert found.right(replace(answer, text=f"### {found.gold[0]}"), found.gold[0]) and not found.right(answer, found.gold[0])
+    with pytest.raises(SettingsError, match="'train/cocnut'.*Did you mean 'train/coconut'"):
+        subject_of(str(tmp_path), arm="cocnut")
+    write_json(tmp_path / "manifest.json", {"paper": "mini", "steps": {}})
+    with pytest.raises(SettingsError, match="mini"):
+        subject_of(str(tmp_path))
