@@ -108,14 +108,14 @@ def run(methods: Sequence[str], begin: Start, budget: Budget, test: Dataset, fol
 
 def learn(name: str, begin: Start, budget: Budget) -> tuple[Trained, dict[str, Any]]:
     """A method trained within the budget, and what that took: steps, forward tokens, seconds."""
-    train, steps = entrant(name), int(budget.amount)
+    train, steps, meter = entrant(name), int(budget.amount), Meter()
     if budget.unit != "steps":
         probe = replace(begin, meter=Meter(), folder=begin.folder / "probe")
         train(probe, budget.probe)
-        steps = max(budget.probe, round(budget.amount * budget.probe / getattr(probe.meter, budget.unit)))
-    meter = Meter()
+        cost = getattr(probe.meter, budget.unit) / budget.probe
+        steps = max(budget.probe, round(budget.amount / cost)) if cost else 0
     trained = train(replace(begin, meter=meter), steps)
-    return trained, {"steps": steps, "tokens": meter.tokens, "seconds": round(meter.seconds, 2)}
+    return trained, {"steps": steps if meter.tokens else 0, "tokens": meter.tokens, "seconds": round(meter.seconds, 2)}
 
 
 def table(folder: Path) -> list[dict[str, Any]]:

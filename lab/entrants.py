@@ -67,6 +67,13 @@ class Trained:
     arm: str = ""
 
 
+def untrained(start: Start, steps: int) -> Trained:
+    """What all begin with, as it is: it writes."""
+    from lab.methods.coconut.config import CoconutSettings
+
+    return Trained(_coconut_model(start, CoconutSettings(mode="cot")))
+
+
 def no_cot(start: Start, steps: int) -> Trained:
     """The answer at once."""
     return _written(start, steps, "no_cot")
@@ -288,9 +295,8 @@ def _asked(example: Example, tokenizer: Any, n: int, solution: bool | None = Non
     return Prompted(base, (*flat, *[pad] * n), slots, len(row.question) - 1, tuple(spans), ends, answer, shown)
 
 
-ENTRANTS: dict[str, Callable[[Start, int], Trained]] = {
-    entrant.__name__: entrant for entrant in (no_cot, cot, coconut, codi, adaptive, colar, tah, dtt, softcot, lta)
-}
+ENTRANTS: dict[str, Callable[[Start, int], Trained]] = {"start": untrained}
+ENTRANTS |= {entrant.__name__: entrant for entrant in (no_cot, cot, coconut, codi, adaptive, colar, tah, dtt, softcot, lta)}
 
 
 def entrant(name: str) -> Callable[[Start, int], Trained]:

@@ -33,7 +33,7 @@ METHODS = ("tah", "dtt", "coconut", "codi", "adaptive", "colar", "softcot", "lta
 TITLES = dict(
     tah="TaH", dtt="DTT", coconut="COCONUT", codi="CODI", adaptive="Adaptive", colar="CoLaR", softcot="SoftCoT", lta="LTA-Thinker"
 )
-TITLES |= {"latenttts": "LatentTTS", "best_of_n": "best of N", "sft": "SFT", "cot": "CoT"}
+TITLES |= {"latenttts": "LatentTTS", "best_of_n": "best of N", "sft": "SFT", "cot": "CoT", "no_cot": "no-CoT"}
 
 
 def pass_hue(count: float) -> str:

@@ -31,10 +31,11 @@ def test_what_was_measured_is_not_measured_again_and_a_wrong_name_comes_first(be
     test, budget = compare.problems(SOURCE, "test"), compare.Budget(amount=6)
     compare.run(["no_cot"], begin, budget, test, tmp_path, DECODING)
     before = (tmp_path / "no_cot" / compare.SPENT).stat().st_mtime_ns
-    compare.run(["no_cot", "lta"], begin, budget, test, tmp_path, DECODING)
+    compare.run(["start", "no_cot", "lta"], begin, budget, test, tmp_path, DECODING)
     assert (tmp_path / "no_cot" / compare.SPENT).stat().st_mtime_ns == before
     rows = {row["method"]: row for row in compare.table(tmp_path)}
     assert rows["lta"]["thoughts"] == 3 and rows["no_cot"]["thoughts"] == 0 and rows["lta"]["questions"] == len(test)
+    assert rows["start"]["steps"] == 0 and rows["no_cot"]["steps"] == 6
     with pytest.raises(SettingsError, match="Unknown method to compare"):
         compare.run(["no_cot", "codee"], begin, budget, test, tmp_path / "other", DECODING)
     assert not (tmp_path / "other").exists()
