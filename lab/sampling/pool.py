@@ -60,7 +60,9 @@ def sample(
                 found = model.generate(examples[start : start + chunk], n, first=start, **options)
                 write(path, questions_of(found, examples, rule, n), layout, half=half)
             progress.advance()
-    return Pool(folder)
+    pool = Pool(folder)
+    pool.tell_capped()
+    return pool
 
 
 def _check(n: int, examples: Sequence[Example], shard: tuple[int, int]) -> None:
@@ -145,6 +147,16 @@ class Pool:
     def complete(self) -> bool:
         """Whether every question has been sampled."""
         return len(self.asked) == self.facts.get("questions", len(self.asked))
+
+    def tell_capped(self) -> None:
+        """Warns where samples were closed by the budget of thoughts; they are kept, and marked `capped`."""
+        closed = sum(sum(question.facts.get("capped", ())) for question in self.asked)
+        if closed:
+            log.warning(
+                "%d of %d samples in %s were still thinking when their budget of thoughts was spent; their answers follow all the same. "
+                "Give thoughts=… a larger number to let them end by themselves.",
+                closed, sum(len(question.corrects) for question in self.asked), self.folder,
+            )  # fmt: skip
 
     def first(self, n: int) -> list[Asked]:
         """Every question with its first `n` samples; SettingsError where fewer were recorded."""

@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PhiConfig, PhiForCausalLM
 
 from lab.data.examples import Dataset
 from lab.errors import CheckpointError, DataError, RunError, SettingsError
 from lab.files import append_line
+from lab.methods.coconut.model import CoconutModel
+from lab.methods.colar import toy as colar
+from lab.methods.colar.config import ColarSettings
 from lab.methods.latenttts import toy
 from lab.methods.latenttts.checkpoint import export_release
 from lab.methods.latenttts.config import RewardTraining
@@ -22,7 +26,6 @@ from lab.sampling.pool import Evaluated, Pool, sample
 from lab.sampling.records import dropped_in, read
 from lab.sampling.sampler import Sampler
 from lab.sampling.search import search, tree_trace
-from lab.sampling.stochastic import dropout
 from lab.train import TrainSettings
 
 BUDGET = {"max_new_tokens": 3, "chunk": 4}
@@ -207,7 +210,15 @@ def test_training_without_labels_says_so(model, tmp_path):
         train(RewardModel.start(model), [], [], TrainSettings.check(steps=1), RewardTraining(), tmp_path)
 
 
-def test_a_spent_thought_budget_is_marked_and_nothing_is_lost(model, data, tmp_path):
+def test_thoughts_cut_by_their_budget_are_answered_marked_and_told_of(tmp_path, caplog):
+    thinker = colar.untrained("toy:llama", 0, ColarSettings.check(max_compression_factor=2, lp_intermediate_size=16, lora_r=0)).eval()
+    asked = colar.examples("test", 3, 0)
+    pool = sample(thinker, asked, Sampler(by="noise", strength=0.01), 2, tmp_path, thoughts=2, max_new_tokens=4)
+    assert all(q.facts["capped"] == [True, True] and q.counts.tolist() == [2, 2] and all(q.ids) for q in pool.asked)
+    assert "6 of 6 samples in" in caplog.text and "budget of thoughts was spent" in caplog.text
+
+
+def test_a_spent_answer_budget_is_marked_and_nothing_is_lost(model, data, tmp_path):
     short = Dataset("maxmin", "test", tuple(data[:2]), "")
     pool = sample(model, short, NOISE, 2, tmp_path, max_new_tokens=1)
     assert all(q.facts["finish"] == ["length", "length"] and q.answers == [None, None] for q in pool.asked)
@@ -228,10 +239,10 @@ def test_votes_and_coverage_of_an_evaluation_of_any_method(tmp_path):
         Evaluated(tmp_path)
 
 
-def test_dropout_where_there_is_nothing_to_drop_is_refused(model):
-    class Elsewhere:
-        class config:
-            model_type = "mamba"
-
-    with pytest.raises(SettingsError, match="use noise instead"):
-        dropout("vote", 0.2, Elsewhere())
+def test_dropout_where_there_is_nothing_to_drop_is_refused(data, tmp_path):
+    config = PhiConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    elsewhere = CoconutModel(PhiForCausalLM(config), toy.untrained(3).tokenizer, toy.untrained(3).config).eval()
+    with pytest.raises(SettingsError, match="'phi' has no dropout sites that lab can reach; use noise instead"):
+        sample(elsewhere, data, Sampler(by="dropout", strength=0.2), 2, tmp_path / "dropout", **BUDGET)
+    assert not (tmp_path / "dropout").exists(), "refused before anything is made"
+    assert sample(elsewhere, data[:2], NOISE, 2, tmp_path / "noise", **BUDGET).complete

@@ -1,6 +1,7 @@
 """Stochastic thoughts, LatentRM, beams and labels against the numbers of the official code (and its brute-force beam oracle)."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,11 @@ from lab.errors import CheckpointError, SettingsError
 from lab.latent.draws import Keyed, Recorded, Stream
 from lab.latent.loop import Budget, Prompt, rollout
 from lab.latent.policy import Counted
+from lab.latent.sampling import Sampling
+from lab.methods.codi.model import Projection
+from lab.methods.codi.policy import Projected
 from lab.models.decoder import decoder_for
+from lab.models.layouts import load
 from lab.sampling.annotate import annotate
 from lab.sampling.beam import Beam, beam_search
 from lab.sampling.reward import LatentRM, step_loss, total
@@ -25,7 +30,8 @@ EOS, START, END, LATENT = 60, 61, 62, 63
 def gpt2(name):
     config = {k: v for k, v in json.loads((FOLDER / f"{name}_config.json").read_text()).items() if k != "transformers_version"}
     model = GPT2LMHeadModel(GPT2Config(**config)).eval()
-    state = {key: value for key, value in load_file(FOLDER / f"{name}_state.safetensors").items() if not key.startswith("classifier")}
+    state = load_file(FOLDER / f"{name}_state.safetensors")
+    state = {key: value for key, value in state.items() if not key.startswith(("classifier", "projector"))}
     result = model.load_state_dict(state | {"lm_head.weight": state["transformer.wte.weight"]})
     assert not result.missing_keys and not result.unexpected_keys
     return model
@@ -231,3 +237,56 @@ def test_impossible_samplers_are_refused(generator):
             bad()
     with pytest.raises(SettingsError, match="annotation"):
         dropout("annotaton", 0.1, generator)
+
+
+def oracle(model, prompt, think, most, ends=None, least=0):
+    """One row by whole uncached forwards: (thoughts, answer); `ends` closes `least` and more thoughts where it is the likeliest token."""
+    x, thoughts, said = model.get_input_embeddings()(torch.tensor([prompt])), [], []
+    table = model.get_input_embeddings().weight
+    for step in range(most + 1):
+        out = model(inputs_embeds=x, output_hidden_states=True)
+        if step == most or (step >= least and int(out.logits[0, -1].argmax()) == ends):
+            break
+        thoughts.append(think(out.hidden_states[-1][0, -1], step))
+        x = torch.cat((x, thoughts[-1][None, None]), 1)
+    x = torch.cat((x, table[END if ends is None else ends][None, None]), 1)
+    while len(said) < 12 and (not said or said[-1] != EOS):
+        said.append(int(model(inputs_embeds=x).logits[0, -1].argmax()))
+        x = torch.cat((x, table[said[-1]][None, None]), 1)
+    return thoughts, [token for token in said if token != EOS]
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.5])
+@torch.no_grad()
+def test_codi_generation_is_that_of_whole_forwards_with_its_projection(sigma):
+    model, state = gpt2("codi"), load_file(FOLDER / "codi_state.safetensors")
+    projection = Projection(32, state["projector.1.weight"].shape[0]).eval()
+    names = {"projector.4": "ln", "projector.1": "1", "projector.3": "3"}
+    own = {f"{names[key.rpartition('.')[0]]}.{key.rpartition('.')[2]}": value for key, value in state.items() if "projector" in key}
+    projection.load_state_dict(own)
+    asked = prompts(load_file(FOLDER / "coconut_generation.safetensors"))
+    eps = torch.randn(len(asked), 6, 32, generator=torch.Generator().manual_seed(0))
+    thinking = Projected(decoder_for(model), (EOS,), count=6, closing=(END,), feedback=lambda h, step: projection(h))
+    thinking = Noisy(thinking, Noise(sigma=sigma)) if sigma else thinking
+    draws = Recorded({Stream.THOUGHT: eps}) if sigma else None
+    done = rollout(thinking.decoder, thinking, Prompt.of_ids(thinking.decoder, asked), 1, draws, budget=Budget(thoughts=6, answer=12))
+    for row, prompt in enumerate(asked):
+        thoughts, said = oracle(model, prompt, lambda h, step, row=row: projection(h) + sigma * eps[row, step], 6)
+        torch.testing.assert_close(done.thoughts[row], torch.stack(thoughts), atol=5e-5, rtol=0)
+        assert done.answers()[row] == said
+
+
+@pytest.mark.parametrize("least", [0, 1])
+@torch.no_grad()
+def test_colar_generation_is_that_of_whole_forwards_with_its_head(least, tmp_path):
+    shutil.copy(FOLDER / "colar_config.json", tmp_path / "config.json")
+    shutil.copy(FOLDER / "colar_state.safetensors", tmp_path / "model.safetensors")
+    model = load(tmp_path, sep_id=40, eos_id=EOS)
+    asked = prompts(load_file(FOLDER / "coconut_generation.safetensors"))
+    how = {"latent_temperature": 0.0, "end_temperature": 0.0, "sampling": Sampling(), "thoughts": 5, "max_new_tokens": 12}
+    found = model.generate(asked, min_thoughts=least, vectors=True, **how)
+    head, std = model.parts.head, model.config.embeds_std
+    for row, made, prompt in zip(found.rows, found.vectors, asked, strict=True):
+        thoughts, said = oracle(model.backbone, [*prompt, 40], lambda h, step: head(h)[0] * std, 5, 40, least)
+        assert (row.thoughts, row.ids) == (len(thoughts), said) and row.thoughts >= least
+        torch.testing.assert_close(made, torch.stack(thoughts) if thoughts else made[:0], atol=5e-5, rtol=0)

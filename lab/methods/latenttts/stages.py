@@ -153,6 +153,12 @@ def curve_rows(found: dict[str, Pool], reward: RewardModel | None, ns: Sequence[
     return rows, scores
 
 
+def recorded_curves(folder: Path, sampler: str) -> pd.DataFrame:
+    """The rows of a sample step's curves that belong to one sampler, its searches included."""
+    table = pd.read_csv(folder / "tables" / "curves.csv")
+    return table[table["sampler"] == sampler]
+
+
 def beam_rows(
     model: LatentModel, reward: RewardModel | None, pool: Pool, beams: Sequence[int], budget: int, folder: Path, most: int = 0, **how: Any
 ) -> list[dict[str, Any]]:
