@@ -9,7 +9,9 @@ import pytest
 from test_lta_prompting import TOKENIZERS
 
 from lab import papers
+from lab.data.examples import Dataset, Example
 from lab.errors import DataError, SettingsError
+from lab.evaluate import Decoding, Output
 from lab.methods.lta import stages
 from lab.models.backbones import load_backbone
 
@@ -87,6 +89,32 @@ def _check(values, task, folder):
     assert [row["thoughts"] for row in table] == [1, 3] and {row["questions"] for row in table} == {3}
     assert 6 <= len(rows) <= 9 and all(0 <= row["vote_strict"] <= 1 and 0 < row["majority"] <= 1 for row in table)
     assert set(table[0]) >= {"strict", "lenient", "vote_strict", "vote_lenient"}
+
+
+class Told:
+    """Answers given beforehand, and which were asked for."""
+
+    facts = {"backend": "told"}
+
+    def __init__(self, answers):
+        self.answers, self.asked = answers, []
+
+    def generate(self, requests, decoding):
+        for request in requests:
+            self.asked.append((request.number, request.sample))
+            yield request, Output(f"It is {self.answers[request.number][request.sample]}.", 1, "stop")
+
+
+def test_a_vote_that_is_settled_is_not_asked_on_and_stays_what_it_was(tmp_path):
+    answers = [[1, 1, 1, 2, 3], [2, 1, 1, 2, 2], [3, 2, 1, 1, 1], [1, 2, 2, 2, 1]]
+    data = Dataset("gsm8k", "test", tuple(Example(f"q{i}", "?", answer=str(gold)) for i, gold in enumerate((1, 2, 1, 1))), "")
+    asked = {"benchmark": "gsm8k", "decoding": Decoding(), "rule": "lta-gsm8k"}
+    full, early = Told(answers), Told(answers)
+    _, whole = stages._answered(full, data, asked | {"folder": tmp_path / "whole"}, 5, False)
+    first, rows = stages._answered(early, data, asked | {"folder": tmp_path / "early"}, 5, True)
+    assert stages.voted(rows) == stages.voted(whole) == {"strict": 0.75, "lenient": 0.75}
+    assert len(full.asked) == 20 and len(early.asked) == 18 and (0, 3) not in early.asked and first.samples == 12
+    assert len(early.asked) == len(set(early.asked)), "the second wave goes on where the first ended"
 
 
 def test_what_the_base_learns_of_each_task(base, files):

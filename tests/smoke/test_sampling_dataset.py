@@ -115,6 +115,22 @@ def test_labels_do_not_depend_on_the_batch_and_agree_with_the_verdict_at_the_end
             torch.testing.assert_close(a.labels[:, -1], a.corrects.float())
 
 
+def test_shards_and_a_killed_annotation_give_the_same_labels(model, pool, tmp_path):
+    whole = label(model, pool, NOISE, HOW, tmp_path / "whole")
+    for shard in ((0, 2), (1, 2)):
+        parts = label(model, pool, NOISE, HOW, tmp_path / "parts", shard=shard)
+    gone = sorted((tmp_path / "parts").glob("*.safetensors"))[1]
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.safetensors") if path != gone}
+    gone.unlink()
+    again = label(model, pool, NOISE, HOW, tmp_path / "parts")
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}, "finished files are not made again"
+    for one, two, three in zip(whole, parts, again, strict=True):
+        torch.testing.assert_close(one.labels, two.labels)
+        torch.testing.assert_close(one.labels, three.labels)
+    with pytest.raises(RunError, match="another labelling"):
+        label(model, pool, NOISE, Labelling(**{**vars(HOW), "rollouts": 2}), tmp_path / "parts")
+
+
 def test_questions_that_teach_nothing_leave_a_mark(model, pool, tmp_path):
     kept = label(model, pool, NOISE, Labelling(rollouts=2, answer=3), tmp_path)
     assert {q.number for q in kept} == {q.number for q in pool.asked if q.mixed}
