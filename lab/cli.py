@@ -61,16 +61,33 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: every step that is not done yet, then the report."""
+    from lab import estimate as estimates
     from lab import pipeline, report
 
     overrides = _overrides(values)
     if dry_run:
         described = pipeline.describe(paper, recipe or "toy", overrides)
-        _show(described, pipeline.describe_text(described), as_json)
+        needs = estimates.estimate(paper, recipe or "toy", overrides)
+        told = f"{pipeline.describe_text(described)}\n\n{estimates.text(needs)}"
+        _show({**described, "estimate": needs}, told, as_json)
         return
     done = pipeline.run_recipe(paper, recipe or None, overrides, folder, resume, from_step or None)
     page = done / pipeline.REPORT
     _show({"run": str(done), "report": str(page)}, f"{report.text([done])}\n\nreport: {page}", as_json)
+
+
+@app.command()
+def estimate(
+    paper: Paper,
+    recipe: Annotated[str, typer.Option("--recipe", "-R", help="A recipe of the paper.")] = "toy",
+    values: Values = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Say what a recipe's trainings will need: parameters, memory, steps, and time from one measured step."""
+    from lab import estimate as estimates
+
+    rows = estimates.estimate(paper, recipe, _overrides(values))
+    _show(rows, estimates.text(rows), as_json)
 
 
 @app.command()

@@ -1,10 +1,9 @@
-"""Training Think-at-Hard: labels, losses, both ways of step 2, thresholds, arms, the recipes."""
+"""Training Think-at-Hard: labels, losses, both ways of step 2, thresholds, arms."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from lab import papers
 from lab.errors import DataError, SettingsError
 from lab.methods.tah import toy
 from lab.methods.tah.config import DeciderLossSettings, TahConfig
@@ -12,7 +11,6 @@ from lab.methods.tah.data import build_example, collate
 from lab.methods.tah.features import Features, collect, probabilities, threshold_for_rate
 from lab.methods.tah.model import TahModel, force_one
 from lab.methods.tah.objective import Decisions, decider_loss
-from lab.methods.tah.plan import describe
 from lab.methods.tah.score import Point, calibrate, differences, score_tokens, sweep_thresholds
 from lab.methods.tah.training import build_arm, choose_threshold, train_model, train_step2, with_mlp
 from lab.models.backbones import load_backbone
@@ -221,17 +219,6 @@ def test_continuing_a_released_decider_keeps_it(backbone):
     kept, fresh = with_mlp(model, **MLP, threshold=0.8), with_mlp(model, **{**MLP, "hidden_dims": [8, 16]})
     assert torch.equal(kept.decider.backbone.input_projection.weight, model.decider.backbone.input_projection.weight)
     assert kept.decider.effective_threshold == pytest.approx(0.8) and fresh.decider.backbone.blocks[0].dim_change is not None
-
-
-@pytest.mark.parametrize("recipe", papers.recipes("tah"))
-def test_recipes_can_be_planned(recipe):
-    planned = papers.plan("tah", recipe, {"data": "somewhere"} if recipe == "gsm8k-toy" else {})
-    found = describe({step.step: step.values for step in planned})
-    assert found["train1 optimizer steps"]
-    if recipe == "qwen3-1.7b-plus":
-        assert found["TaH lora"] == 34_865_152 and found["TaH decider"] == 18_318_850
-    if recipe == "qwen3-0.6b":
-        assert found["TaH layers dropped"] == 1 and found["TaH decider"] == pytest.approx(4.90e6, rel=1e-3)
 
 
 def test_toy_worlds_do_not_share_draws():

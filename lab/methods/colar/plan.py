@@ -1,13 +1,13 @@
 """From the parameters of the training notebook to checked settings, and its losses as a table."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
+from lab.estimate import Training, of
 from lab.files import read_lines
 from lab.methods.colar.config import ColarSettings
+from lab.methods.colar.toy import SHAPE
 from lab.rl import RLSettings
 from lab.train import TrainSettings
 
@@ -47,8 +47,24 @@ def rl_settings(given: Mapping[str, Any]) -> RLSettings:
     return RLSettings.check(**size, loss_type=loss, schedule="constant", clip=1.0, **rest)
 
 
-def loss_table(folder: Path) -> pd.DataFrame:
-    """The logged parts of the loss, for `figures.loss_components`."""
+def trainings(settings: dict[str, dict[str, Any]]) -> Iterator[Training]:
+    """Written reasoning, compressed reasoning, GRPO: each where it has steps."""
+    v = settings["train"]
+    shape = SHAPE if v["backbone"].startswith("toy:") else {}
+    own = {"method": "colar", "settings": model_settings(v).model_dump(), "lora": (v["lora_r"], ("q", "v")), "shape": shape}
+    own |= {"examples": v["train_questions"]}
+    for name, steps, epochs in (("warm-up", v["warm_up_steps"], 0.0), ("compressed", v["steps"], v["epochs"])):
+        if (steps or epochs) and not (name == "warm-up" and v["checkpoint"]):
+            yield of(f"train, {name}", v, v["backbone"], v["global_batch"], v["benchmark"], steps=steps, epochs=epochs, **own)
+    if v["rl_steps"]:
+        rows, decoded = v["rl_prompts"] * v["rl_samples"], v["thoughts"] + v["max_new_tokens"]
+        yield of("train, GRPO", v, v["backbone"], rows, v["benchmark"], steps=v["rl_steps"], decoded=decoded, **own)
+
+
+def loss_table(folder: Path):
+    """The logged parts of the loss (a DataFrame), for `figures.loss_components`."""
+    import pandas as pd
+
     rows = [row for row in read_lines(folder / "metrics.jsonl") if "ce" in row]
     parts = ((row, name) for row in rows for name in ("ce", "latent") if name in row)
     return pd.DataFrame([{"step": row["step"], "component": name, "value": row[name]} for row, name in parts])

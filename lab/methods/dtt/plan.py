@@ -1,12 +1,13 @@
-"""A recipe's parameters as settings, and what a dry run tells; no weights, no data."""
+"""A recipe's parameters as settings, and what it trains; no weights, no data."""
 
-import math
+from collections.abc import Iterator
 from typing import Any
 
-from lab.errors import SettingsError
+from lab.estimate import Training, of
 from lab.methods.dtt.config import GatedSettings
 
 Values = dict[str, Any]
+SHAPE = {"layers": 2, "hidden": 64, "intermediate": 256, "heads": 4, "max_positions": 32}  # of the toy
 
 
 def gated_settings(v: Values) -> Values:
@@ -49,25 +50,16 @@ def rl_arguments(v: Values, model: str) -> Values:
     }
 
 
-def describe(settings: dict[str, Values]) -> Values:
-    """Parameters of backbone, projection and gate; optimizer steps, completions and rollouts ({step: parameters})."""
-    warm, train = settings["warm_up"], settings["train"]
-    gated_settings(warm)
-    found: Values = {"warm-up steps": warm["steps"], "gated warm-up steps": warm["gated_steps"]}
-    if not warm["backbone"].startswith("toy:") or warm["benchmark"] != "permutations":
-        found |= _counts(warm)
-    found |= {"updates of an arm": train["rl_steps"], "completions a step": train["prompts"] * train["samples"]}
-    found["rollouts of an arm"] = math.ceil(train["rl_steps"] / train["iterations"])
-    return found
-
-
-def _counts(v: Values) -> Values:
-    from lab.models.plan import parameter_counts, planned_config
-
-    try:
-        width = planned_config(v["backbone"]).hidden_size
-        total = parameter_counts(v["backbone"])["total"]
-    except SettingsError:
-        return {}
-    gate = {"projection": width * width, "gate": width + 1} if v["gate"] == "dtt" else {"gate": 2 * (width * width + width) + width}
-    return {"backbone parameters": total, **{f"{name} parameters": count for name, count in gate.items()}}
+def trainings(settings: dict[str, Values]) -> Iterator[Training]:
+    """The warm-ups, and GRPO of every arm."""
+    v = settings["warm_up"]
+    toy = v["backbone"].startswith("toy:")
+    own = {"method": "dtt", "settings": gated_settings(v), "shape": SHAPE if toy else {}, "examples": v["rows"]}
+    for name in (name for name in ("steps", "gated_steps") if v[name]):
+        yield of(f"warm_up, {name}", v, v["backbone"], v["global_batch"], v["benchmark"], steps=v[name], **own)
+    if "train" not in settings:
+        return
+    t = settings["train"]
+    own |= {"lora": (t["lora_rank"], ()), "decoded": t["longest"], "examples": t["train_rows"]}
+    how = {**t, "micro_batch": t["rl_micro_batch"]}
+    yield of("train", how, v["backbone"], t["prompts"] * t["samples"], t["benchmark"], steps=len(t["arms"]) * t["rl_steps"], **own)

@@ -20,6 +20,7 @@ from lab.methods.dtt.data import WrittenRow, collate, prepare
 from lab.methods.dtt.evaluate import evaluate_gated, judge
 from lab.methods.dtt.model import SparseGatedModel
 from lab.methods.dtt.objective import gated_warm_up, targets, warm_up
+from lab.methods.dtt.plan import SHAPE
 from lab.methods.dtt.reinforce import GatedThinking, GateLearning
 from lab.methods.dtt.reward import RewardSettings, rewards_of
 from lab.models.backbones import load_backbone
@@ -30,7 +31,6 @@ from lab.rl import RLSettings, reinforce
 from lab.train import TrainSettings, fit
 
 TOY = "permutations"
-SHAPE = {"layers": 2, "hidden": 64, "intermediate": 256, "heads": 4, "max_positions": 32}
 FIRST = {"train": 0, "train2": 1_000_000, "test": 2_000_000}  # seeds of the toy's splits, far apart
 ARMS = {
     "pathwise": {"credit": "pathwise"},

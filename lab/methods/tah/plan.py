@@ -1,15 +1,18 @@
-"""A recipe's parameters as settings, and what a dry run tells: parameters, optimizer steps, without touching weights."""
+"""A recipe's parameters as settings, and what it trains, without touching weights."""
 
-import math
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lab.errors import SettingsError
+from lab.estimate import Training, of
 from lab.files import read_lines
 from lab.methods.tah.config import TahConfig
 from lab.methods.tah.toy import SHAPE, TASKS, world
+from lab.models.plan import planned_config
 
 Values = dict[str, Any]
+HARD = 0.1  # about the share of tokens that are read twice
 
 
 def training_settings(values: Values) -> Values:
@@ -60,48 +63,27 @@ def loss_table(folder: Path):
     return pd.DataFrame(rows, columns=["arm", "step", "mean"])
 
 
-def describe(settings: dict[str, Values]) -> dict[str, Any]:
-    """What a recipe ({step: parameters}) will train: parameters by part, optimizer steps and rows a step; no weights, no data."""
+def trainings(settings: dict[str, Values]) -> Iterator[Training]:
+    """Both steps: backbone and adapter over every arm, then the decider (from cached features where that is asked for)."""
     label, first = settings["label"], settings["train1"]
-    shape = _toy_shape(label) if label["benchmark"] in TASKS else {}
-    if label["backbone"].startswith("toy:") and not shape:
+    toy, name = label["benchmark"] in TASKS, label["backbone"]
+    shape = {**SHAPE, "vocab_size": len(world(label["benchmark"]).vocabulary) + 1} if toy else {}
+    if name.startswith("toy:") and not toy:
         shape = {"vocab_size": label["vocabulary"]}
-    dropped = settings["prune"]["num_prune"] if first["pruned"] else 0
-    found: dict[str, Any] = {}
+    own = {"shape": shape, "examples": label["train_records"], "method": "tah"}
+    own |= {"pruned": settings["prune"]["num_prune"] if first["pruned"] else 0}
+    arms = {"tah": 1 + HARD, "sft": 1.0, "always": 2.0}
+    passes = sum(arms[arm] for arm in first["arms"])
+    length = {"steps": first["steps"], "epochs": first["epochs"]}
+    at_once = {"settings": model_settings(first), "passes": passes / len(first["arms"]), **length}
+    one = of("train1", first, name, first["global_batch"], label["benchmark"], **own, **at_once)
+    tokens = min(one.tokens, first["max_length"] or one.tokens)
+    yield replace(one, tokens=tokens, steps=one.steps * len(first["arms"]))
     if "train2" in settings:
-        found |= {f"TaH {name}": count for name, count in _counts(label["backbone"], first, settings["train2"], dropped, shape).items()}
-    if "sft" in first["arms"]:
-        found |= {f"Standard {name}": count for name, count in _standard(label["backbone"], shape).items()}
-    for name in (name for name in ("train1", "train2") if name in settings):
-        found[f"{name} optimizer steps"] = _steps(settings[name], label["train_records"])
-    return found
-
-
-def _toy_shape(label: Values) -> Values:
-    return {**SHAPE, "vocab_size": len(world(label["benchmark"]).vocabulary) + 1}
-
-
-def _counts(backbone: str, first: Values, second: Values, dropped: int, shape: Values) -> dict[str, int]:
-    from lab.models.plan import parameter_counts, planned_config
-
-    kwargs = {name: value for name, value in decider_settings(second).items() if name not in ("pos_weight", "loss_scaling")}
-    kwargs["hidden_states_size"] = planned_config(backbone, **shape).hidden_size
-    deep = {**model_settings(first), "iter_decider": "MLPIterDecider", "iter_decider_kwargs": kwargs}
-    counts = parameter_counts(backbone, "tah", deep, pruned=dropped, **shape)
-    return {name: counts[name] for name in ("layers", "one layer", "lora", "decider", "total")} | {"layers dropped": dropped}
-
-
-def _standard(backbone: str, shape: Values) -> dict[str, int]:
-    from lab.models.plan import parameter_counts
-
-    return {"total": parameter_counts(backbone, **shape)["total"]}
-
-
-def _steps(values: Values, records: int) -> int | str:
-    if values["steps"]:
-        return values["steps"]
-    if not values["epochs"]:
-        raise SettingsError(f"stage {values['stage']}: give steps or epochs.")
-    if not records:
-        return f"ceil({values['epochs']:g} × records / {values['global_batch']})"
-    return math.ceil(values["epochs"] * records / values["global_batch"])
+        v = settings["train2"]
+        kwargs = {name: value for name, value in decider_settings(v).items() if name not in ("pos_weight", "loss_scaling")}
+        kwargs["hidden_states_size"] = planned_config(name, **shape).hidden_size
+        deep = {**model_settings(first), "iter_decider": "MLPIterDecider", "iter_decider_kwargs": kwargs}
+        rows = max(1, v["global_batch"] // tokens) if v["cached"] else v["global_batch"]
+        how = {"settings": deep, "frozen": True, "passes": 1 / 3, "steps": v["steps"], "epochs": v["epochs"], **own}
+        yield replace(of("train2", v, name, rows, label["benchmark"], **how), tokens=min(tokens, v["max_length"] or tokens))

@@ -1,0 +1,348 @@
+"""What a recipe's trainings will need, before anything is downloaded: parameters, memory, steps, and time from one measured step.
+
+Parameters and activations are counted from shapes alone. Time is that of one and of two layers of the same shape, measured here, forward
+and back, and scaled to all layers, tokens and steps. All of it is an estimate: rows are taken at their benchmark's mean length, and the
+method's own small weights are counted but not timed.
+"""
+
+import importlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from lab.errors import SettingsError
+
+Values = Mapping[str, Any]
+Key = tuple[str, int, tuple]  # backbone, layers dropped, shape of a toy
+GIB = 1 << 30
+SMALL_VOCABULARY = 1024  # of a measured pass
+_MADE = (6400, 16)
+ROWS = {  # benchmark: (training rows, mean tokens of question, reasoning and answer)
+    **{
+        "gsm8k": (7473, 180),
+        "gsm8k_aug": (385_620, 100),
+        "gsm8k_aug_nl": (385_620, 180),
+        "math": (7500, 280),
+        "openr1_math": (90_000, 4000),
+    },
+    **{"prosqa": (17_886, 420), "prontoqa": (9000, 300), "commonsenseqa": (8096, 130), "strategyqa": (1603, 90), "aqua": (97_467, 160)},
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a recipe, as its step's parameters describe it; a method's `plan.trainings` makes them with `of`.
+
+    Attributes:
+        shape: of a toy backbone. method, settings: give the method's own weights; or parts makes them from the configuration.
+        lora: (rank, linears) of adapters; then the backbone is frozen, as it is where `frozen`.
+        rows: of a global batch; micro: of them at a time in a process. tokens: of a row. steps: optimizer steps, all arms.
+        passes: how often the body reads a row's tokens with gradient. thoughts: further passes over one token a row.
+        decoded: tokens that each row of a rollout generates before its update.
+    """
+
+    step: str
+    backbone: str
+    rows: int
+    tokens: int
+    steps: int
+    micro: int = 0
+    shape: dict[str, Any] = field(default_factory=dict)
+    method: str = "none"
+    settings: dict[str, Any] = field(default_factory=dict)
+    lora: tuple[int, tuple[str, ...]] = (0, ())
+    parts: Callable[[Any], Any] | None = None
+    frozen: bool = False
+    pruned: int = 0
+    passes: float = 1.0
+    thoughts: int = 0
+    decoded: int = 0
+    bf16: bool = False
+    processes: int = 1
+    sharding: str = "ddp"
+
+
+def of(step: str, v: Values, backbone: str, batch: int, benchmark: str, *, steps: int = 0, epochs: float = 0.0, **own: Any) -> Training:
+    """A training from a step's parameters `v`, where they carry the usual names (micro_batch, bf16, processes, sharding)."""
+    rows, tokens = ROWS.get(benchmark, _MADE)
+    rows = own.pop("examples", 0) or rows
+    same = {name: v[name] for name in ("bf16", "processes", "sharding") if name in v}
+    how = {"micro": v.get("micro_batch", 0), "tokens": tokens, "steps": steps or math.ceil(epochs * rows / batch)}
+    if backbone.startswith("toy:") and "vocab_size" not in own.get("shape", {}):
+        own["shape"] = {"vocab_size": 64, **own.get("shape", {})}
+    return Training(step, backbone, batch, **{**how, **same, **own})
+
+
+def trainings(paper: str, settings: Mapping[str, Values]) -> list[Training]:
+    """The trainings of planned steps ({step: parameters}); [] for a paper that has no plan of them."""
+    try:
+        plan = importlib.import_module(f"lab.methods.{paper}.plan")
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("lab.methods"):
+            raise
+        return []
+    return list(getattr(plan, "trainings", lambda settings: [])(settings))
+
+
+def estimate(paper: str, recipe: str, overrides: Mapping[str, str] | None = None, *, measure: bool = True) -> list[dict[str, Any]]:
+    """A row for each training of a recipe (see `row`). Raises SettingsError for what cannot be planned."""
+    from lab import papers
+
+    settings = {planned.step: planned.values for planned in papers.plan(paper, recipe, overrides or {})}
+    return [row(training, measure=measure) for training in trainings(paper, settings)]
+
+
+def row(t: Training, *, measure: bool = True) -> dict[str, Any]:
+    """Parameters, GiB of memory by kind on each device, steps and tokens; with `measure` also seconds a step and hours in all.
+
+    `fits`: whether the memory is free here now; None where the shape of the backbone is not known on this machine.
+    """
+    found: dict[str, Any] = {"step": t.step, "backbone": t.backbone, "steps": t.steps, "tokens": t.steps * t.rows * t.tokens, "fits": None}
+    try:
+        total, learning = counts(t)
+    except SettingsError as error:
+        return found | {"note": str(error)}
+    memory = _memory(t, total, learning)
+    free, device = free_memory()
+    needed = sum(memory.values())
+    found |= {"parameters": total, "learning": learning, **{f"{name} GiB": size / GIB for name, size in memory.items()}}
+    found |= {"all GiB": needed / GIB, "free GiB": free / GIB, "device": device, "fits": needed < free}
+    if measure:
+        seconds = _seconds(t)
+        found |= {"seconds a step": seconds, "hours": seconds * t.steps / 3600}
+    return found
+
+
+# ---- parameters ----
+
+
+def counts(t: Training) -> tuple[int, int]:
+    """(parameters in all, parameters that learn)."""
+    import torch
+
+    from lab.models.backbones import parameter_count
+    from lab.models.plan import planned_model
+
+    model = planned_model(_config(t), "none" if t.parts else t.method, t.settings)
+    body = parameter_count(model.backbone)
+    with torch.device("meta"):
+        parts = parameter_count(t.parts(_config(t))) if t.parts else parameter_count(model) - body
+    adapters = _adapters(t)
+    if adapters or t.frozen:
+        return body + parts + adapters, parts + adapters
+    return body + parts, body + parts
+
+
+def _config(t: Training) -> Any:
+    return _configured(_key(t))
+
+
+def _configured(key: Key, layers: int = 0) -> Any:
+    from lab.models.plan import planned_config
+
+    backbone, pruned, shape = key
+    config = planned_config(backbone, pruned=pruned, **dict(shape))
+    if layers:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:1] * layers
+    return config
+
+
+def _adapters(t: Training) -> int:
+    from lab.models.lora import linear_shapes
+
+    (rank, names), config, width = t.lora, _config(t), _config(t).hidden_size
+    if not rank:
+        return 0
+    if config.model_type == "gpt2":  # its fused query-key-value, output, and both halves of the feed-forward part
+        pairs = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+    else:
+        pairs = [shape for name, shape in linear_shapes(config).items() if name in (names or (name,))]
+    return config.num_hidden_layers * rank * sum(map(sum, pairs))
+
+
+# ---- memory ----
+
+
+def _memory(t: Training, total: int, learning: int) -> dict[str, float]:
+    """Bytes on each device. What learns, its gradients and moments are in float32; what is frozen is as wide as the autocast."""
+    shares = t.processes if t.sharding == "fsdp" else 1
+    wide = 2 if t.bf16 else 4
+    whole, one = (activations(_key(t), _micro(t), tokens, t.bf16) for tokens in (t.tokens, 1))
+    return {
+        "weights": 4 * learning + wide * (total - learning),
+        "gradients": 4 * learning,
+        "optimizer": 8 * learning / shares,
+        "activations": t.passes * activations(_key(t), _micro(t), t.tokens, t.bf16)
+        + t.thoughts * activations(_key(t), _micro(t), 1, t.bf16),
+    }
+
+
+def _micro(t: Training) -> int:
+    share = math.ceil(t.rows / t.processes)
+    return min(t.micro or share, share)
+
+
+def _key(t: Training) -> Key:
+    return t.backbone, t.pruned, tuple(sorted(t.shape.items()))
+
+
+def activations(key: Key, rows: int, tokens: int, half: bool = False) -> float:
+    """Bytes that a forward pass of `rows` × `tokens` keeps for its backward pass, counted on tensors without numbers."""
+    return _of_all_layers(_kept, key, rows, tokens, half)
+
+
+def _of_all_layers(measure: Callable[..., float], key: Key, *asked: Any) -> float:
+    """What `measure` would find for the whole model, from one and two layers of it."""
+    layers = _configured(key).num_hidden_layers
+    one = measure(key, 1, *asked)
+    return one + (layers - 1) * max(measure(key, 2, *asked) - one, 0.0) if layers > 1 else one
+
+
+@cache
+def _kept(key: Key, layers: int, rows: int, tokens: int, half: bool) -> float:
+    import torch
+    from torch._subclasses import FakeTensorMode
+
+    config = _configured(key, layers)
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with FakeTensorMode():
+        model = _model(config, torch.bfloat16 if half else torch.float32)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = _loss(model, torch.zeros(rows, tokens, dtype=torch.long))  # noqa: F841 - its graph holds what is counted
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
+
+
+def _model(config: Any, dtype: Any = None) -> Any:
+    import torch
+
+    from lab.models.backbones import causal_class
+
+    config.use_cache, before = False, torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        return causal_class(config)(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _loss(model: Any, ids: Any) -> Any:
+    import torch
+
+    mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()[None, None]  # whole, so that nobody looks for pads in it
+    logits = model(input_ids=ids, attention_mask=mask).logits.float()
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+
+
+def free_memory() -> tuple[int, str]:
+    """(bytes free now, the device's name): of the GPU, or of this machine."""
+    import torch
+
+    from lab.provenance import device_name
+
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0], device_name()
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024, device_name()
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), device_name()
+
+
+# ---- time ----
+
+
+def _seconds(t: Training) -> float:
+    """Seconds of an optimizer step: passes over rows and thoughts, and a rollout's decoding, shared by the processes."""
+    rows = _micro(t)
+    batches = math.ceil(t.rows / t.processes / rows)
+    whole = t.passes * _passed(_key(t), rows, t.tokens, t.bf16)
+    one = _passed(_key(t), rows, 1, t.bf16) if t.thoughts or t.decoded else 0.0
+    return batches * (whole + (t.thoughts + t.decoded / 3) * one)  # decoding goes forward only
+
+
+def _passed(key: Key, rows: int, tokens: int, half: bool) -> float:
+    """Seconds of a pass of the whole model over `rows` × `tokens` and back.
+
+    One and two layers are timed on as many tokens as take a second or so, with a small vocabulary; the head counts as the layers do,
+    by its weights.
+    """
+    import torch
+
+    from lab.models.backbones import parameter_count
+
+    config = _configured(key)
+    with torch.device("meta"):
+        layer = (parameter_count(_model(_configured(key, 2))) - parameter_count(_model(_configured(key, 1)))) or 1
+    most = max(1, int((1e13 if torch.cuda.is_available() else 3e10) / (6 * layer)))
+    wide = min(tokens, most)
+    some = max(1, min(rows, most // wide))
+    one, two = (_timed(key, layers, some, wide, half) for layers in (1, 2))
+    each = max(two - one, 0.1 * one)
+    head = max(0, config.vocab_size - SMALL_VOCABULARY) * config.hidden_size / layer
+    return rows * tokens / (some * wide) * (max(one - each, 0.0) + (config.num_hidden_layers + head) * each)
+
+
+@cache
+def _timed(key: Key, layers: int, rows: int, tokens: int, half: bool) -> float:
+    import torch
+
+    config = _configured(key, layers)
+    config.vocab_size = min(config.vocab_size, SMALL_VOCABULARY)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.device("meta"):
+        model = _model(config).train()
+    model.to_empty(device=device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(0.01)  # any number will do
+    with device:
+        ids = torch.zeros(rows, tokens, dtype=torch.long)
+        return min(_pass(model, ids, half) for _ in range(3))
+
+
+def _pass(model: Any, ids: Any, half: bool) -> float:
+    import torch
+
+    began = time.perf_counter()
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=half):
+        loss = _loss(model, ids)
+    loss.backward()
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+    model.zero_grad()
+    return time.perf_counter() - began
+
+
+# ---- in words ----
+
+
+def text(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The rows of `estimate` for a terminal."""
+    return "\n\n".join("\n".join(_lines(row)) for row in rows) or "No training in this recipe."
+
+
+def _lines(row: Mapping[str, Any]) -> list[str]:
+    lines = [f"{row['step']}: {row['backbone']}, {row['steps']:,} steps, {row['tokens']:,} tokens"]
+    if "note" in row:
+        return [*lines, f"  {row['note']}"]
+    lines.append(f"  {row['parameters']:,} parameters, {row['learning']:,} learn")
+    parts = ", ".join(f"{name} {row[f'{name} GiB']:.3g}" for name in ("weights", "gradients", "optimizer", "activations"))
+    verdict = "fits" if row["fits"] else "does NOT fit: a smaller micro_batch, more processes with sharding fsdp, or a larger device"
+    lines.append(f"  about {row['all GiB']:.3g} GiB a device ({parts}); {row['free GiB']:.3g} GiB free on {row['device']}: {verdict}")
+    if "hours" in row:
+        lines.append(
+            f"  about {row['seconds a step']:.3g} s a step here, {row['hours']:.3g} hours in all (from one and two layers, scaled)"
+        )
+    return lines

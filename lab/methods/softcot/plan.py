@@ -1,0 +1,5 @@
+"""SoftCoT trains with LTA's notebook."""
+
+from lab.methods.lta.plan import trainings
+
+__all__ = ["trainings"]
