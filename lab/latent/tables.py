@@ -85,26 +85,3 @@ def by_count(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         limits = {"mean": interval.mean, "low": interval.low, "high": interval.high}
         table.append({"thoughts": count, **limits, "beyond": part[0]["beyond"]})
     return table
-
-
-def slider(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """The answers as a table of question × number of thoughts, with a live slider above it that shows one number and its accuracy."""
-    import ipywidgets
-    import pandas as pd
-    from IPython.display import display
-
-    table = pd.DataFrame(rows)
-    if table.empty:
-        return table
-    out, share = ipywidgets.Output(), table.groupby("thoughts")["right"].mean()
-    choose = ipywidgets.SelectionSlider(options=sorted(share.index.tolist()), value=int(share.idxmax()), description="thoughts")
-
-    def show(change: Mapping[str, Any] | None = None) -> None:
-        out.clear_output(wait=True)
-        with out:
-            display(f"accuracy {share[choose.value]:.3f}", table[table["thoughts"] == choose.value].drop(columns="thoughts"))
-
-    choose.observe(show, "value")
-    show()
-    display(ipywidgets.VBox([choose, out]))
-    return table.pivot_table(index=["question", "gold"], columns="thoughts", values="said", aggfunc="first")

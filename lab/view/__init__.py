@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lab.view.answers import Answers, answers
 from lab.view.base import View
 from lab.view.compare import Compare, compare
 from lab.view.decide import passes_at, with_gates, with_threshold
@@ -11,11 +12,11 @@ from lab.view.thoughts import Thoughts, thoughts
 from lab.view.tokens import Tokens, tokens
 from lab.view.training import Training, training
 
-_LIVE = ("Explorer", "Watch", "explore", "explore_gates", "explore_histogram", "explore_pair", "explore_runs", "explore_thoughts")
-_LIVE += ("explore_versus", "watch")
+_LIVE = ("Explorer", "Watch", "explore", "explore_answers", "explore_gates", "explore_histogram", "explore_pair")
+_LIVE += ("explore_runs", "explore_thoughts", "explore_versus", "watch")
 
-__all__ = ["Compare", "Histogram", "Samples", "Thoughts", "Tokens", "Training", "Versus", "View", *_LIVE]
-__all__ += ["compare", "histogram", "samples", "thoughts", "tokens", "training", "versus"]
+__all__ = ["Answers", "Compare", "Histogram", "Samples", "Thoughts", "Tokens", "Training", "Versus", "View", *_LIVE]
+__all__ += ["answers", "compare", "histogram", "samples", "thoughts", "tokens", "training", "versus"]
 __all__ += ["passes_at", "with_gates", "with_threshold"]
 
 

@@ -14,6 +14,7 @@ import ipywidgets
 
 from lab.errors import DataError, RunError
 from lab.trace import Trace
+from lab.view.answers import answers
 from lab.view.base import View, resource
 from lab.view.channels import Channel, names
 from lab.view.compare import compare
@@ -90,6 +91,19 @@ def explore(trace: Trace, channel: str = "") -> Explorer:
         return Tokens(part, channel, note=note)
 
     return Explorer(controls, live, static)
+
+
+def explore_answers(rows: Sequence[Mapping[str, Any]]) -> Explorer:
+    """A slider for the number of thoughts, with the answers it leads to and their accuracy (rows as `view.answers` takes them).
+
+    The static picture is the table of all numbers. Nothing is generated.
+    """
+    whole = answers(rows)
+    if not rows:
+        return Explorer({}, lambda: whole)
+    best = max(whole.accuracy, key=whole.accuracy.__getitem__)
+    count = ipywidgets.SelectionSlider(options=list(whole.accuracy), value=best, description="thoughts")
+    return Explorer({"count": count}, lambda count: answers(rows, count), lambda count: whole)
 
 
 def explore_gates(runs: Trace | Mapping[str, Trace]) -> Explorer:

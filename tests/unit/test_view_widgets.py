@@ -68,6 +68,24 @@ def test_gates_of_two_checkpoints_are_decided_again_together():
     assert not view.explore_gates(Trace.build("hrpo", tokens=[{"question": 0, "pos": 0, "text": "x", "gate": 0.5}])).controls
 
 
+def said_with(right: dict[int, list[bool]]) -> list[dict]:
+    """Rows as `answers_by_count` makes them: two questions of the same words."""
+    same = {"question": "<i>1+1?", "steps": "2", "gold": "2"}
+    return [same | {"thoughts": n, "said": f"said {n}", "right": hit, "beyond": n > 2} for n, hits in right.items() for hit in hits]
+
+
+def test_a_slider_shows_answers_and_accuracy_of_each_number_of_thoughts():
+    rows = said_with({0: [False, False], 2: [True, True], 3: [True, False]})
+    explorer = view.explore_answers(rows)
+    assert explorer.values == {"count": 2} and "accuracy 100.0%" in explorer.picture.value and "said 3" not in explorer.picture.value
+    explorer.controls["count"].value = 3
+    assert "accuracy 50.0%" in explorer.picture.value and "3 (beyond training)" in explorer.picture.value
+    page, text = explorer.view.html(), str(explorer)
+    assert page.count("said 0") == 2 and page.count("✓") == 3 and "<i>1" not in page and "50.0%" in text
+    assert len(view.answers(rows, 3).table()) == 2
+    assert "No answers" in view.explore_answers([]).picture.value
+
+
 def test_controls_appear_only_for_what_was_recorded():
     plain = Trace.build("codi", tokens=[{"question": 0, "pos": 0, "text": "x", "prob": 0.5}])
     assert set(view.explore(plain).controls) == {"sample", "channel"}
