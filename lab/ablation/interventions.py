@@ -95,14 +95,11 @@ class Observed(Edit):
         return table.index_put((row, step), x), counts
 
 
-class Replaced(Edit):
-    """Thoughts are what `change` (x, place, own, seed) says, the first `share` of them; where their number can be kept it is."""
+class Kept(Edit):
+    """The first `share` of the thoughts there were; where their number can be kept (`Thoughts.fixed`) it is."""
 
-    def __init__(self, own: Thoughts, change: "Change", share: float = 1.0, seed: int = 0):
-        self.own, self.change, self.seed, self.share = own, change, seed, share
-
-    def __call__(self, x: Tensor, place: Place) -> Tensor:
-        return self.change(x, place, self.own, self.seed).to(x.dtype)
+    own: Thoughts
+    share = 1.0
 
     def most(self, question: Tensor, sample: Tensor) -> Tensor | None:
         if self.share == 1.0 and not self.own.fixed:
@@ -111,7 +108,17 @@ class Replaced(Edit):
         return (counts * self.share).long()
 
 
-class Patched(Edit):
+class Replaced(Kept):
+    """Thoughts are what `change` (x, place, own, seed) makes of them."""
+
+    def __init__(self, own: Thoughts, change: "Change", share: float = 1.0, seed: int = 0):
+        self.own, self.change, self.share, self.seed = own, change, share, seed
+
+    def __call__(self, x: Tensor, place: Place) -> Tensor:
+        return self.change(x, place, self.own, self.seed).to(x.dtype)
+
+
+class Patched(Kept):
     """The hidden states of one layer are those of another run at the same thought; past its last thought they stay."""
 
     def __init__(self, source: Thoughts, layer: int, own: Thoughts):
@@ -122,9 +129,6 @@ class Patched(Edit):
             return x
         there, known = self.source.of(self.source.row(place), place.step, place.layer)
         return torch.where(known, there.to(x.dtype), x)
-
-    most = Replaced.most
-    share = 1.0
 
 
 Change = Callable[[Tensor, Place, Thoughts, int], Tensor]

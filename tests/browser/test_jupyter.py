@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -23,6 +24,7 @@ trace = Trace.build("tah", samples=[{"question": 0, "answer": "24"}], tokens=tok
 view.explore(trace)
 """
 NOTE = ".note"
+TOUR = Path(__file__).parents[2] / "notebooks" / "tour.ipynb"
 
 
 def written(path, code):
@@ -82,7 +84,7 @@ def _wait_for(address, server, log, seconds=90):
 def run_all(page):
     """Run All Cells by its menu; again if a kernel that was still starting swallowed it."""
     page.locator(".jp-Notebook").wait_for(timeout=60_000)
-    prompt = page.locator(".jp-InputArea-prompt").first
+    prompt = page.locator(".jp-CodeCell .jp-InputArea-prompt").first
     for _ in range(6):
         page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=60_000)
         page.locator(".jp-CodeCell .cm-content").first.click()
@@ -195,6 +197,64 @@ def test_a_strangers_notebook_is_readable_without_its_scripts(reopened):
     assert tokens.count() == 10 and tokens.nth(9).locator("sub").inner_text() == "2"
     assert tokens.nth(9).locator(".w").evaluate("element => getComputedStyle(element).backgroundColor") == "rgb(115, 202, 178)"
     one.shot("jupyter-stranger")
+
+
+@pytest.fixture(scope="module")
+def tour(tmp_path_factory):
+    """The tour's notebook and parameters with which its toys are trained, hardly, in seconds, and once."""
+    return TOUR, {"effort": 0.01, "run": str(tmp_path_factory.mktemp("toys"))}
+
+
+def test_the_tour_lives_in_jupyterlab(tab, jupyter, notebook, tour):
+    path, values = tour
+    book = nbformat.read(path, 4)
+    book.cells[1].source += "".join(f"\n{name} = {value!r}" for name, value in values.items())
+    nbformat.write(book, notebook.parent / "tour.ipynb")
+    one = tab(width=1300, offline=False)
+    one.page.goto(jupyter.replace(notebook.name, "tour.ipynb"))
+    run_all(one.page)
+    one.page.locator(".jp-OutputArea .lab-view").nth(3).wait_for(state="attached", timeout=400_000)
+    note, handles = one.page.locator(".jp-OutputArea .note").first, one.page.locator(".noUi-handle")
+    for key, says in (("Home", "At threshold 0.00: 2.000 passes a token"), ("End", "At threshold 1.00: 1.000 passes a token")):
+        handles.first.focus()
+        handles.first.press(key)
+        one.page.get_by_text(says).first.wait_for(timeout=30_000)
+        assert note.inner_text().startswith(says)
+    one.shot("tour-passes")
+
+    one.page.get_by_role("button", name="continue probability").first.click()
+    one.page.wait_for_function("document.querySelector('.jp-OutputArea .t sub').dataset.c0.includes('.')", timeout=30_000)
+    one.page.locator(".jp-OutputArea .t").nth(2).focus()
+    start = one.page.evaluate("document.activeElement.getAttribute('aria-label')")
+    one.page.keyboard.press("ArrowRight")
+    assert one.page.evaluate("document.activeElement.getAttribute('aria-label')") not in (start, None)
+
+    steps = one.page.locator(".jp-OutputArea .lab-view").nth(1)
+    whole = steps.inner_text()
+    handles.nth(1).focus()
+    handles.nth(1).press("Home")
+    one.page.wait_for_function(
+        "text => document.querySelectorAll('.jp-OutputArea .lab-view')[1].innerText.length < text.length", arg=whole, timeout=30_000
+    )
+    handles.nth(1).scroll_into_view_if_needed()
+    one.shot("tour-thoughts")
+    one.page.locator(".jp-OutputArea .lab-view").nth(3).scroll_into_view_if_needed()
+    one.shot("tour-prompts")
+
+
+def test_the_executed_tour_is_whole_without_a_network(tab, tour, tmp_path):
+    path, values = tour
+    done = notebooks.execute(path, tmp_path / "done.ipynb", values)
+    for theme in ("light", "dark"):
+        one = tab(theme=theme, width=1000)
+        one.page.goto(done.with_suffix(".html").as_uri())
+        views = one.page.locator(".lab-view")
+        assert views.count() >= 4
+        views.first.locator(".switch label").nth(1).click()
+        views.first.locator(".t").first.focus()
+        one.page.keyboard.press("End")
+        assert one.page.evaluate("document.activeElement.getAttribute('aria-label')")
+        one.shot(f"executed-tour-{theme}")
 
 
 def test_the_executed_notebook_shows_the_same_picture_offline(tab, notebook, tmp_path):

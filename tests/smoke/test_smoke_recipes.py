@@ -5,6 +5,7 @@ import json
 import pytest
 
 from lab import kernels, papers, runs
+from lab.ablation.subjects import RUNS, subject_of
 from lab.pipeline import run_recipe
 
 
@@ -29,3 +30,9 @@ def test_the_smoke_recipe_runs_from_end_to_end(key, tmp_path):
     assert wanted and runs.open_run(folder).step(wanted).results, "the step that holds the result has a headline"
     assert any(step.files("figures", "*.svg") or step.files("views", "*.html") for step in steps), "something to look at"
     assert 10_000 < (folder / "report.html").stat().st_size < 5_000_000
+    if key not in RUNS:
+        return
+    subject = subject_of(str(folder)).first(3)
+    answers = subject.model.generate(subject.questions, **subject.options).rows
+    assert subject.name == key and len(answers) == len(subject.gold) == 3, "an ablation can ask and judge its model"
+    assert {bool(subject.right(row, gold)) for row, gold in zip(answers, subject.gold, strict=True)} <= {True, False}
