@@ -234,7 +234,8 @@ def _masked(problems: Sequence[Example], tokenizer: Any) -> list[dict[str, Any]]
 
 def softcot(start: Start, steps: int) -> Trained:
     """The frozen start writes; a projection of the states of a frozen assistant, here the start itself, is read before it does."""
-    return _prefix(start, steps, "softcot", generator="assistant", gold_steps="off", distinct_slots=False)
+    alone = {"sft_loss_weight": 1.0, "contrastive_loss_weight": 0.0, "kl_loss_weight": 0.0}
+    return _prefix(start, steps, "softcot", generator="assistant", gold_steps="off", distinct_slots=False, **alone)
 
 
 def lta(start: Start, steps: int) -> Trained:
@@ -277,7 +278,10 @@ class _Asking:
 
 
 def _asked(example: Example, tokenizer: Any, n: int, solution: bool | None = None) -> Any:
-    """An example in the form the start knows, with `n` thoughts behind the question; `solution` None is a test prompt."""
+    """An example in the form the start knows, with `n` thoughts before the question, which must not be torn apart: a toy counts places.
+
+    `solution`: whether the thoughts' generator is shown the steps; None is a test prompt.
+    """
     from lab.methods.coconut.data import tokenize
     from lab.methods.lta.prompting import Prompted
 
@@ -288,7 +292,8 @@ def _asked(example: Example, tokenizer: Any, n: int, solution: bool | None = Non
         spans.append((len(flat), len(flat) + len(step)))
         flat += step
     slots = tuple(range(len(flat), len(flat) + n))
-    base = Row(row.question[:-1], (row.question[-1], *written), (IGNORE,) * len(row.question) + written, thoughts=n)
+    lead = tuple(tokenizer(":", add_special_tokens=False).input_ids)
+    base = Row(lead, (*row.question, *written), (IGNORE,) * (len(lead) + len(row.question)) + written, thoughts=n)
     shown = tuple(range(len(row.question), len(flat)))
     ends = tuple(stop - 1 for _, stop in spans)
     answer = row.answer if solution is not None else ()
