@@ -27,6 +27,7 @@ from lab.stats import Interval, mean_interval, proportion_interval
 log = logging.getLogger(__name__)
 
 SAMPLES, FACTS = "samples.jsonl", "evaluation.json"
+SHARD = "part-{}.jsonl"  # what one of several processes has answered
 
 
 class Decoding(Sampling):
@@ -122,10 +123,12 @@ def evaluate(
     ids: Iterable[str] = (),
     scorer: Callable[[str, Example], Any] | None = None,
     label: str = "",
+    processes: int = 1,
 ) -> Evaluation:
     """Answers and scores the chosen questions, `repeat` samples each; what `folder` holds already is not asked again.
 
     Args:
+        processes: share the questions, each with a copy of the generator and a device of its own; the result is that of one.
         rule: the strict rule (default: the benchmark's own). data_range: places [start, end) of `examples`.
         ids: of the examples wanted, with or without `<benchmark>_`. scorer: (text, example) -> a score, instead of `lab.data`'s.
     Raises:
@@ -139,17 +142,75 @@ def evaluate(
     facts = {"benchmark": benchmark, "rule": rule, "decoding": decoding.model_dump(exclude={"batch"}), "generator": generator.facts}
     with files.lock(folder / ".lock", f"An evaluation in {folder} is running already"):
         _open(folder, facts)
-        done = {_key(row) for row in files.read_lines(folder / SAMPLES)}
-        wanted = [Request(number, sample, example) for number, example in chosen for sample in range(repeat)]
-        pending = [request for request in wanted if (f"{benchmark}_{request.example.id}", request.sample) not in done]
+        wanted = {_name(benchmark, r): r for number, example in chosen for r in (Request(number, i, example) for i in range(repeat))}
+
+        def keep(request: Request, output: Output) -> None:
+            files.append_line(folder / SAMPLES, _line(benchmark, request, output, score(output.text, request.example)))
+
+        pending = _pending(folder, wanted, keep)
         with Progress(label or f"{benchmark}", len(wanted)) as progress:
             progress.start_at(len(wanted) - len(pending))
-            for request, output in generator.generate(pending, decoding):
-                files.append_line(folder / SAMPLES, _line(benchmark, request, output, score(output.text, request.example)))
-                progress.advance()
-        result = _summary(folder, benchmark, rule, {(f"{benchmark}_{r.example.id}", r.sample) for r in wanted}, _notes(examples))
+            if processes > 1 and len({request.number for request in pending}) > 1:
+                _answer_together(generator, pending, decoding, folder, processes, progress)
+                _pending(folder, wanted, keep)
+            else:
+                for request, output in generator.generate(pending, decoding):
+                    keep(request, output)
+                    progress.advance()
+        result = _summary(folder, benchmark, rule, wanted, _notes(examples))
         _write_tables(folder, result)
     return result
+
+
+def _name(benchmark: str, request: Request) -> tuple[str, int]:
+    return f"{benchmark}_{request.example.id}", request.sample
+
+
+def _pending(folder: Path, wanted: Mapping[tuple[str, int], Request], keep: Callable[[Request, Output], None]) -> list[Request]:
+    """What is still to be asked, after keeping what several processes have left behind."""
+    done = {_key(row) for row in files.read_lines(folder / SAMPLES)}
+    for path in sorted(folder.glob(SHARD.format("*"))):
+        for row in files.read_lines(path):
+            key = (row.pop("id"), row.pop("sample"))
+            if key in wanted and key not in done:
+                keep(wanted[key], Output(**{name: math.nan if value is None else value for name, value in row.items()}))
+                done.add(key)
+        path.unlink()
+    return [request for key, request in wanted.items() if key not in done]
+
+
+def _answer_together(
+    generator: Generator, pending: list[Request], decoding: Decoding, folder: Path, processes: int, progress: Progress
+) -> None:
+    """Leaves the outputs in one file for each of at most `processes` processes, which answer consecutive questions."""
+    from lab.launch import launch
+
+    facts = files.read_json(folder / FACTS)
+    by_question: dict[int, list[Request]] = {}
+    for request in pending:
+        by_question.setdefault(request.number, []).append(request)
+    groups, count = list(by_question.values()), min(processes, len(by_question))
+    edges = [len(groups) * i // count for i in range(count + 1)]
+    parts = [sum(groups[first:last], []) for first, last in zip(edges, edges[1:], strict=False)]
+    model = getattr(generator, "model", None)
+    on_gpu = getattr(getattr(model, "device", None), "type", "cpu") == "cuda"
+    given = {"generator": generator, "parts": parts, "decoding": decoding, "folder": str(folder), "benchmark": facts["benchmark"]}
+    launch(_answer_part, count, nodes=1, on_row=lambda row: progress.advance(), on_gpu=on_gpu, **given)
+
+
+def _answer_part(generator: Any, parts: list[list[Request]], decoding: Decoding, folder: str, benchmark: str, on_gpu: bool) -> None:
+    """One process's part, on its own device."""
+    import torch
+
+    from lab.launch import rank, send_row
+
+    if on_gpu:
+        generator.model.to(torch.device("cuda", torch.cuda.current_device()))
+    path = Path(folder) / SHARD.format(rank())
+    for request, output in generator.generate(parts[rank()], decoding):
+        name, sample = _name(benchmark, request)
+        files.append_line(path, {"id": name, "sample": sample, **vars(output)})
+        send_row({"sample": sample})
 
 
 def _chosen(examples: Sequence[Example], benchmark: str, data_range: tuple[int, int] | None, ids: list[str]) -> list[tuple[int, Example]]:
@@ -227,8 +288,9 @@ def read_samples(folder: Path | str) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (place[row["id"]], row["sample"]))
 
 
-def _summary(folder: Path, benchmark: str, rule: str, wanted: set[tuple[str, int]], notes: tuple[str, ...]) -> Evaluation:
-    rows = [row for row in read_samples(folder) if _key(row) in wanted]
+def _summary(folder: Path, benchmark: str, rule: str, wanted: Mapping[tuple[str, int], Request], notes: tuple[str, ...]) -> Evaluation:
+    place = {key: number for number, key in enumerate(wanted)}
+    rows = sorted((row for row in read_samples(folder) if _key(row) in wanted), key=lambda row: place[_key(row)])
     twice = [key for key, count in Counter(map(_key, rows)).items() if count > 1]
     if twice or len(rows) != len(wanted):
         raise RunError(

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ from lab.errors import DeviceError, LabError, SettingsError
 Value = TypeVar("Value")
 
 _ASKED, _RESULT, _ERROR = "asked.pt", "result.pt", "error.json"
-_ROW = "\x1erow "  # begins a line of rank 0 that is a row for the parent's `on_row`, not text to show
+_ROW = "\x1erow "  # begins a line that is a row for the parent's `on_row`, not text to show
 
 
 def world_size() -> int:
@@ -82,7 +83,7 @@ def launch(
         function: runs in every process, after the process group is made; anything dill can copy, as its arguments and its result.
         nodes, address: machines and host:port of this one, to which the others come (see the module); default LAB_NODES, LAB_ADDRESS.
         show: takes each line the processes write (default: standard output, which a notebook cell shows).
-        on_row: gets what rank 0 gives to `send_row`.
+        on_row: gets what the processes give to `send_row`.
 
     Raises the function's own LabError; DeviceError if devices or processes are missing or one died. An interrupt stops all of them.
     """
@@ -98,9 +99,8 @@ def launch(
 
 
 def send_row(row: dict[str, Any]) -> None:
-    """Hands a row from rank 0 of a launch to its `on_row`."""
-    if rank() == 0:
-        _write(f"{_ROW}{json.dumps(files.plain(row))}\n")
+    """Hands a (short) row from any process of a launch to its `on_row`."""
+    _write(f"{_ROW}{json.dumps(files.plain(row))}\n")
 
 
 def join(address: str, nodes: int, node_rank: int, processes: int = 1) -> int:
@@ -247,7 +247,8 @@ def _join() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    patience = timedelta(days=1)  # for a validation or the slowest share of an evaluation; that a process died is known at once
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
 
 
 def _main() -> None:

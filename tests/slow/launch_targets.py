@@ -78,6 +78,28 @@ def wait(folder):
     time.sleep(600)
 
 
+def asked(folder, processes=1, dies_after=None):
+    """An evaluation of 120 sampled answers of a tiny model; the process with the last questions may die after some of them."""
+    from lab.backends import HF
+    from lab.data.examples import Example
+    from lab.evaluate import Decoding, evaluate
+    from lab.models.backbones import load_backbone
+    from lab.models.tokenizers import byte_tokenizer
+
+    class Dying(HF):
+        def generate(self, requests, decoding):
+            for number, answered in enumerate(super().generate(requests, decoding)):
+                if number == dies_after and requests[-1].number == 59:
+                    os._exit(7)
+                yield answered
+
+    tokenizer = byte_tokenizer(chat=True)
+    model = load_backbone("toy:qwen3-micro", vocab_size=len(tokenizer), initializer_range=0.3, seed=1)
+    examples = [Example(id=str(i), question=f"{i} + 1 = ?" * (1 + i % 4), answer=str(i + 1)) for i in range(60)]
+    decoding = Decoding(temperature=0.9, max_new_tokens=8, batch=4)
+    return evaluate(Dying(model, tokenizer), examples, "number", folder, decoding, repeat=2, processes=processes)
+
+
 def ask(folder):
     """120 sampled answers of a tiny model, four at a time, unhurried enough to be killed in between."""
     from lab.backends import HF

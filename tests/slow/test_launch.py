@@ -15,6 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import launch_targets as targets
 
+from lab import files
 from lab.errors import DataError, DeviceError, SettingsError
 from lab.launch import launch
 
@@ -87,6 +88,25 @@ def free_port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
+
+
+def test_an_evaluation_shared_by_processes_is_that_of_one_even_where_one_of_them_died(tmp_path):
+    alone = targets.asked(tmp_path / "one")
+    with pytest.raises(DeviceError, match="died"):
+        targets.asked(tmp_path / "two", processes=2, dies_after=9)
+    left = {path.name: len(files.read_lines(path)) for path in (tmp_path / "two").glob("part-*.jsonl")}
+    assert left["part-1.jsonl"] == 9
+    together = targets.asked(tmp_path / "two", processes=2)
+
+    def told(result):
+        return [{name: value for name, value in row.items() if name != "processing_time"} for row in result.rows]
+
+    assert told(together) == told(alone) and together.row() == alone.row()
+    rows = files.read_lines(tmp_path / "two" / "samples.jsonl")
+    assert len(rows) == 120 and not list((tmp_path / "two").glob("part-*"))
+    answered = {(row["id"], row["sample"]): row["processing_time"] for row in rows}
+    assert targets.asked(tmp_path / "two", processes=2).rows == together.rows  # nothing is asked again
+    assert {(row["id"], row["sample"]): row["processing_time"] for row in files.read_lines(tmp_path / "two" / "samples.jsonl")} == answered
 
 
 def test_the_error_of_one_process_is_raised_here_and_ends_all(tmp_path):
