@@ -62,7 +62,10 @@ def seal(notebook: Path) -> None:
             if len(output.get("data", {})) > 1:
                 output.data.pop(WIDGET, None)
     write_text(notebook, nbformat.writes(content) + "\n")
-    NotebookNotary(log=_quiet()).sign(content)
+    try:
+        NotebookNotary(log=_quiet()).sign(content)
+    except OSError as error:
+        log.warning("%s is not signed (%s): JupyterLab will ask before it shows styles and scripts of its outputs.", notebook, error)
 
 
 def _interruptible(work: Callable[[], None], manager: Any) -> None:

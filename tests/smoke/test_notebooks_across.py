@@ -5,9 +5,11 @@ import json
 import shutil
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from adaptive_fixture import merged_folder  # noqa: F401 - a fixture
+from nbformat.sign import NotebookNotary
 from safetensors.torch import load_file, save_file
 
 from lab import kernels, notebooks
@@ -219,3 +221,20 @@ def test_the_tour_headless_with_nothing_trained(tmp_path):
     assert html(outputs).count("lab-view") >= 4
     facts = [json.loads(path.read_text()) for path in (tmp_path / "toys").glob("*/tour.json")]
     assert len(facts) == 3 and all(fact["asked"] == {"effort": 0.01, "seed": 0} for fact in facts)
+
+
+@pytest.mark.parametrize("data", ["data", "file/data"])
+def test_an_executed_notebook_is_trusted_and_holds_no_dead_widget(data, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / data))
+    both = {"text/html": "<b>twin</b>", notebooks.WIDGET: {"model_id": "1"}}
+    cell = nbformat.v4.new_code_cell("view", outputs=[nbformat.v4.new_output("display_data", both)])
+    book = nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {"state": {}}})
+    nbformat.write(book, tmp_path / "done.ipynb")
+    notebooks.seal(tmp_path / "done.ipynb")
+    sealed = nbformat.read(tmp_path / "done.ipynb", 4)
+    assert sealed.cells[0].outputs[0].data == {"text/html": "<b>twin</b>"} and "widgets" not in sealed.metadata
+    if data == "data":
+        assert NotebookNotary().check_signature(sealed) and not NotebookNotary().check_signature(book)
+    else:
+        assert "is not signed" in caplog.text, "a data folder that cannot be written is no reason for a run to fail"
