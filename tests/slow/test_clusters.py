@@ -1,12 +1,17 @@
 """The cluster engines on real clusters: Ray with two CPUs, Slurm with one node, both on this machine and gone afterwards."""
 
+import contextlib
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
+import threading
 import time
 
+import psutil
 import pytest
 
 from lab import sweep
@@ -29,26 +34,72 @@ def check_that_a_failed_run_stands_alone(engine):
     assert set(results_of(result.runs["fail=false,seed=0"])) == {"draw", "double"}
 
 
-def test_runs_become_ray_tasks_and_what_no_node_has_is_an_error_at_once(monkeypatch):
-    ray = pytest.importorskip("ray", reason="the ray extra is not installed: pip install -e '.[ray]'")
-    quietly = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "300", "RAY_agent_register_timeout_ms": "300000"}
-    for name, value in quietly.items():
+@pytest.fixture
+def ray_address(tmp_path, monkeypatch):
+    """The address of a cluster of two CPUs and no GPU, in processes of its own that end with it."""
+    pytest.importorskip("ray", reason="the ray extra is not installed: pip install -e '.[ray]'")
+    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "60", "RAY_AUTH_MODE": "disabled"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(DeviceError, match="No Ray cluster at 'auto'"):
-        Ray(1)
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):  # on a busy machine a node gives up waiting for its own parts
+            port = free_port()
+            if stack.enter_context(ray_cluster(port, tmp_path / "ray.log")):
+                break
+        else:
+            pytest.fail((tmp_path / "ray.log").read_text()[-2000:])
+        yield f"127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def ray_cluster(port, log):
+    """Whether a cluster came up; its processes are gone afterwards."""
+    folder = tempfile.mkdtemp(prefix="ray")  # its sockets allow no long path
+    least = ["--include-dashboard=false", "--no-monitor", "--include-log-monitor=false", "--block"]
+    where = [f"--port={port}", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=2", "--num-gpus=0", *where, *least]
+    with open(log, "w") as file:
+        cluster = subprocess.Popen(command, start_new_session=True, stdout=file, stderr=file)
+    try:
+        while "Ray runtime started" not in log.read_text() and cluster.poll() is None:
+            time.sleep(0.5)
+        yield cluster.poll() is None
+    finally:
+        for process in psutil.process_iter(["cmdline"]):
+            if any(folder in word for word in process.info["cmdline"] or []):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        cluster.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def until(true, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "the cluster never came up"
+        time.sleep(0.5)
+
+
+def test_runs_become_ray_tasks_and_what_no_node_has_is_an_error_at_once(ray_address):
     with pytest.raises(DeviceError, match="No Ray cluster at '127.0.0.1:1' .*refused"):
         Ray(1, address="127.0.0.1:1")
-    ray.init("local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
-    try:
-        with pytest.raises(DeviceError, match="asks for 1 GPU, 1 CPU; no node of the Ray cluster has that .* 0 GPU, 2 CPU"):
-            Ray(1, Needs(gpus=1))
-        with pytest.raises(DeviceError, match="memory; no node"):
-            Ray(1, Needs(memory=1e6))
-        with pytest.raises(SettingsError, match="--option"):
-            Ray(1, options={"num_gpu": 1})
-        check_that_a_failed_run_stands_alone(Ray(2, Needs(cpus=1, minutes=5)))
-    finally:
-        ray.shutdown()
+    with pytest.raises(DeviceError, match="asks for 1 GPU, 1 CPU; no node of the Ray cluster has that .* 0 GPU, 2 CPU"):
+        Ray(1, Needs(gpus=1), ray_address)
+    with pytest.raises(DeviceError, match="memory; no node"):
+        Ray(1, Needs(memory=1e6), ray_address)
+    with pytest.raises(SettingsError, match="--option"):
+        Ray(1, address=ray_address, options={"num_gpu": 1})
+    check_that_a_failed_run_stands_alone(Ray(2, Needs(cpus=1, minutes=10), ray_address))
+
+
+def test_a_ray_task_sees_its_own_devices_and_can_be_stopped(ray_address):
+    engine = Ray(2, Needs(cpus=1), ray_address)
+    with engine:
+        tell = "import os, sys; sys.exit('lab: ' + repr(os.environ.get('CUDA_VISIBLE_DEVICES')) + os.environ['OMP_NUM_THREADS'])"
+        assert engine.attempt([sys.executable, "-c", tell]) in ("''1", "None1")
+        threading.Timer(3, engine.stop).start()
+        began = time.monotonic()
+        assert engine.attempt([sys.executable, "-c", "import time; time.sleep(300)"]) == "stopped, to be taken up"
+        assert engine.attempt([sys.executable, "-c", "pass"]) == "stopped, to be taken up" and time.monotonic() - began < 120
 
 
 SLURM = """
@@ -108,19 +159,12 @@ def slurm(tmp_path, monkeypatch):
         subprocess.run(["munged", "--force", f"--key-file={key}", f"--log-file={log}", *files], check=True, capture_output=True)
         for command in (["slurmctld", "-i"], ["slurmd"]):
             subprocess.run(command, check=True, capture_output=True)
-        until_idle()
+        until(lambda: "idle" in subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True).stdout)
         yield folder
     finally:
         for path in (folder / "slurmctld.pid", folder / "slurmd.pid", folder / "munge.pid"):
             if path.exists():
                 os.kill(int(path.read_text()), signal.SIGTERM)
-
-
-def until_idle(seconds=60.0):
-    end = time.monotonic() + seconds
-    while "idle" not in subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True).stdout:
-        assert time.monotonic() < end, "the node never came up"
-        time.sleep(0.5)
 
 
 def test_runs_become_slurm_jobs_and_what_no_node_has_is_an_error_at_once(slurm, tmp_path):

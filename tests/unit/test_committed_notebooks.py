@@ -65,3 +65,9 @@ def test_cells_call_and_show(path):
         assert not [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)], "a class belongs in lab/"
         statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt) and not isinstance(node, ast.Import | ast.ImportFrom)]
         assert len(statements) <= MOST_STATEMENTS, f"{len(statements)} statements in one cell: logic belongs in lab/"
+
+
+def test_what_a_step_saves_may_be_saved_again_by_one_that_is_taken_up(path):
+    calls = [node for cell in cells(path, "code") for node in ast.walk(ast.parse(source(cell))) if isinstance(node, ast.Call)]
+    saves = [ast.unparse(call) for call in calls if ast.unparse(call.func).endswith(".save") and ".folder /" in ast.unparse(call)]
+    assert all("overwrite=True" in call for call in saves), saves
