@@ -1,4 +1,4 @@
-"""Every notebook that trains offers the same ways to spread a training and to follow it."""
+"""Every notebook that trains offers the same ways to spread a training and to follow it; so do those that answer benchmarks."""
 
 import pytest
 
@@ -25,3 +25,8 @@ def test_processes_sharding_and_tracker_are_parameters(name):
 def test_no_training_notebook_is_missing_above():
     steps = {spec.notebook for paper in papers.papers() for spec in papers.pipeline(paper).steps}
     assert {name for name in steps if "train" in name or "warm_up" in name or "rl" in name} == {f"{name}.ipynb" for name in TRAINING}
+
+
+@pytest.mark.parametrize("name", ["adaptive/3_evaluate", "coconut/2_evaluate", "codi/2_evaluate", "lta/2_evaluate", "tah/4_evaluate"])
+def test_evaluations_of_benchmarks_can_be_shared_by_processes(name):
+    assert parameters_of(home() / "notebooks" / f"{name}.ipynb")["processes"].default == 1

@@ -88,7 +88,7 @@ def by_count(model: AdaptiveModel, data: Sequence[Example], counts: Sequence[int
 
 
 def benchmark(
-    model: AdaptiveModel, name: str, data: str, folder: Path, seed: int, batch: int, max_new_tokens: int, thoughts: int | None = None
+    model: AdaptiveModel, name: str, data: str, folder: Path, thoughts: int | None = None, processes: int = 1, **decoding: int
 ) -> Any:
     """A benchmark's test split, answered greedily and scored strictly (the paper's rule) and leniently; resumable by answer."""
     from lab.backends import Latent
@@ -97,8 +97,8 @@ def benchmark(
     from lab.evaluate import evaluate as answer
 
     options = {} if thoughts is None or not model.config.latent else {"thoughts": thoughts}
-    decoding = Decoding(seed=seed, batch=batch, max_new_tokens=max_new_tokens)
-    return answer(Latent(model, **options), load_benchmark(name, "test", data), name, folder, decoding, rule="adaptive", label=name)
+    how, asked = Decoding(**decoding), load_benchmark(name, "test", data)
+    return answer(Latent(model, **options), asked, name, folder, how, rule="adaptive", label=name, processes=processes)
 
 
 # ---- tables ----

@@ -313,7 +313,7 @@ def answer(model: ThoughtModel, data: Dataset, folder: Path, values: dict[str, A
     decoding = decoding.but(batch=values["batch_size"] * repeat)
     for n in values["thoughts"]:
         asked = {"benchmark": BENCHMARKS[values["task_name"]], "folder": folder / f"{n}", "decoding": decoding}
-        asked |= {"rule": RULES[values["task_name"]], "label": f"{n} thoughts"}
+        asked |= {"rule": RULES[values["task_name"]], "label": f"{n} thoughts", "processes": values["processes"]}
         result, rows = _answered(Latent(model, thoughts=n), data, asked, repeat, values["stop_early"])
         found = {f"vote_{name}": value for name, value in voted(rows, values["vote"] == "official").items()}
         table.append({"thoughts": n, **result.row(), **found, "majority": majority_baseline(data), "answers": len(rows)})
