@@ -46,9 +46,7 @@ def subject_of(
         arm: of a run with several; "" = its method's own. data: folder with the benchmark. seed: of a run that is made.
         options: of `generate`.
     """
-    if not model:
-        return replace(of_run(open_run(_toy_run(paper, seed)), arm), options=options)
-    path = Path(model).expanduser()
+    path = Path(model).expanduser() if model else _toy_run(paper, seed)
     run = next((place for place in (path, *path.parents) if (place / RUN).is_file()), None) if path.exists() else None
     if run is not None:
         inside = path.resolve().relative_to(run.resolve())

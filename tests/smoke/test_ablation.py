@@ -311,7 +311,7 @@ def test_mistakes_get_one_sentence():
     assert Example("a", "b", answer="c") == Example("a", "b", answer="c"), "gold answers are compared"
 
 
-def test_a_run_is_asked_as_its_own_evaluation_asks(tmp_path):
+def test_a_run_is_asked_as_its_own_evaluation_asks(outputs):
     from lab.data.source import Source, words_of
     from lab.files import write_json
     from lab.methods.coconut.config import CoconutSettings
@@ -322,20 +322,22 @@ def test_a_run_is_asked_as_its_own_evaluation_asks(tmp_path):
     tokenizer = word_tokenizer(words_of((source.train(), source.held_out()), ["###"]))
     backbone = load_backbone("toy:gpt2-micro", vocab_size=len(tokenizer))
     model = CoconutModel.start(backbone, tokenizer, CoconutSettings(thoughts=2))
-    model.save(tmp_path / "train" / "coconut")
-    write_json(tmp_path / "manifest.json", {"paper": "coconut", "steps": {}})
+    run = outputs / "coconut" / "one"
+    model.save(run / "train" / "coconut")
+    about = {"paper": "coconut", "recipe": "toy", "planned": ["train"], "steps": {"train": {"status": "done"}}}
+    write_json(run / "manifest.json", about)
     with pytest.raises(RunError, match="no finished step 'evaluate'"):
-        subject_of(str(tmp_path))
-    (tmp_path / "evaluate").mkdir()
-    write_json(tmp_path / "evaluate" / "step.json", {"parameters": values | {"max_new_tokens": 3}})
-    for place in (tmp_path, tmp_path / "train", tmp_path / "train" / "coconut"):
-        found = subject_of(str(place), sampling=Sampling())
+        subject_of(str(run))
+    (run / "evaluate").mkdir()
+    write_json(run / "evaluate" / "step.json", {"parameters": values | {"max_new_tokens": 3}})
+    for place in (run, run / "train", run / "train" / "coconut", ""):
+        found = subject_of(str(place), "coconut", sampling=Sampling())
         assert [e.question for e in found.questions] == [e.question for e in source.held_out()]
         assert found.name == "coconut" and set(found.options) == {"max_new_tokens", "sampling"} and found.first(2).gold == found.gold[:2]
     answer = found.model.generate(found.questions[:1], **found.options).rows[0]
     assert found.right(replace(answer, text=f"### {found.gold[0]}"), found.gold[0]) and not found.right(answer, found.gold[0])
     with pytest.raises(SettingsError, match="'train/cocnut'.*Did you mean 'train/coconut'"):
-        subject_of(str(tmp_path), arm="cocnut")
-    write_json(tmp_path / "manifest.json", {"paper": "mini", "steps": {}})
+        subject_of(str(run), arm="cocnut")
+    write_json(run / "manifest.json", {"paper": "mini", "steps": {}})
     with pytest.raises(SettingsError, match="mini"):
-        subject_of(str(tmp_path))
+        subject_of(str(run))
