@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from lab import files, optim
@@ -18,7 +18,7 @@ from lab.errors import DataError, RunError, SettingsError
 from lab.launch import check_world, launch, on_main, rank, send_row, world_size
 from lab.optim import Group, Schedule
 from lab.progress import Progress
-from lab.sharding import Sharding, check_sharding
+from lab.sharding import NOT_OFFERED, Sharding
 from lab.stability import Detector, Guard, Recovery, Ring
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,13 @@ class Common(Settings):
     device: Literal["auto", "cpu"] = "auto"
     processes: int = Field(1, ge=1)  # of each machine; they share the global batch
     sharding: Sharding = "ddp"  # what they keep copies of (see lab.sharding)
+
+    @field_validator("sharding", mode="before")
+    @classmethod
+    def _no_deepspeed(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.startswith(("zero", "deepspeed")):
+            raise ValueError(NOT_OFFERED)
+        return value
 
     @model_validator(mode="after")
     def _best_needs_scores(self) -> Self:
@@ -258,7 +265,7 @@ def _check(model: nn.Module, dataset: Sequence[Any], loss: Callable, s: TrainSet
 
 
 def check_common(s: Common) -> None:
-    """SettingsError for a tracker that is not installed; DeviceError for processes or a sharding that cannot be had here."""
+    """SettingsError for a tracker that is not installed; DeviceError where other processes came than were asked for."""
     from importlib.util import find_spec
 
     if s.report_to != "none" and find_spec(s.report_to) is None:
@@ -266,7 +273,6 @@ def check_common(s: Common) -> None:
             f"report_to={s.report_to!r} needs a package that is not there; run: pip install {s.report_to} (or set report_to to none)."
         )
     check_world(int(os.environ.get("WORLD_SIZE", 1)))
-    check_sharding(s.sharding)
 
 
 def _plan(make: Callable, s: TrainSettings, examples: int, lengths: Sequence[int] | None) -> Any:

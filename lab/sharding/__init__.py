@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from lab.errors import SettingsError
 
 Sharding = Literal["ddp", "fsdp"]
+NOT_OFFERED = (
+    "DeepSpeed is not used here: it updates inside its own backward pass, before the guard could judge a step. "
+    "sharding fsdp keeps gradients and optimizer state in pieces, as ZeRO-2 does; weights in pieces (ZeRO-3) cannot be read directly"
+)
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -120,7 +124,3 @@ def join(module: nn.Module) -> None:
             if id(parameter) not in made:
                 made[id(parameter)] = nn.Parameter(full(parameter.detach()), parameter.requires_grad)
             setattr(part, name, made[id(parameter)])
-
-
-def check_sharding(name: Sharding) -> None:
-    """Nothing yet."""

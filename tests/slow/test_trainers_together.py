@@ -50,3 +50,29 @@ def test_the_training_can_be_handed_to_other_processes_and_its_weights_come_back
     found = targets.measured(name, tmp_path / "training", processes=2)
     for what in ("losses", "gradients", "weights"):
         assert found[what] == pytest.approx(one["ddp", name][what], abs=1e-7, rel=1e-6), what
+
+
+@pytest.mark.parametrize("name", targets.TRAINERS)
+def test_every_trainer_reports_to_tensorboard(one, name, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard", reason="the extra trackers is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    found = targets.measured(name, tmp_path / "training", report_to="tensorboard")
+    told = []
+    for path in tmp_path.rglob("events.out.tfevents*"):
+        events = EventAccumulator(str(path))
+        events.Reload()
+        told += [event.value for event in events.Scalars("train/loss")] if "train/loss" in events.Tags()["scalars"] else []
+    assert sorted(told) == pytest.approx(sorted(found["losses"]), rel=1e-5, abs=1e-9)
+    assert found["losses"] == pytest.approx(one["ddp", name]["losses"], rel=1e-5, abs=1e-7)
+
+
+def test_an_offline_wandb_run_holds_the_loss(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="the extra trackers is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    found = targets.measured("codi", tmp_path / "training", report_to="wandb")
+    summary = dict(wandb.run.summary)
+    wandb.finish()
+    assert summary["train/loss"] == pytest.approx(found["losses"][-1]) and list(tmp_path.glob("wandb/offline-run-*"))

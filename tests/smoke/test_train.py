@@ -165,6 +165,8 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(tmp_path,
     fit(roomy, rows(), collate, loss, settings(), tmp_path / "a")
     result = fit(tight, rows(), collate, greedy, settings(), tmp_path / "b")
     assert result.micro_batch == 2 and "halved to 2" in caplog.text
+    halvings = [row for row in files.read_lines(tmp_path / "b" / "metrics.jsonl") if row.get("event") == "out_of_memory"]
+    assert [(row["step"], row["micro_batch"]) for row in halvings] == [(1, 4), (1, 2)]
     assert torch.allclose(weights(roomy), weights(tight), atol=1e-6)
 
     def hopeless(model, batch):
@@ -235,6 +237,9 @@ def test_epochs_and_lengths(tmp_path):
         ({"lr": "1e-3"}, "lr = '1e-3'"),
         ({"learning_rate": 1e-3}, "learning_rate"),
         ({"schedule": "cosin"}, "schedule"),
+        ({"sharding": "zero2"}, "fsdp keeps gradients and optimizer state in pieces, as ZeRO-2 does"),
+        ({"sharding": "fdsp"}, "sharding = 'fdsp'"),
+        ({"processes": 0}, "processes = 0"),
     ],
 )
 def test_settings_that_cannot_be_meant(wrong, message):
