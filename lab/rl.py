@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lab.errors import DataError, SettingsError, TrainingError
+from lab.errors import DataError, DeviceError, SettingsError, TrainingError
 from lab.latent.draws import Keyed
 from lab.launch import on_main, world_size
 from lab.optim import Schedule, lr_factor
@@ -187,8 +187,30 @@ def reinforce(
             trainer.watch(ring, recovery, Detector(settings.guard, settings.warmup_steps), settings.save_every)
             return trainer
 
-        trainer = train_guarded(build, ring, settings.guard, recovery, lambda event, step: write_row({"event": event, "step": step}))
+        def note(event: str, step: int) -> None:
+            write_row({"event": event, "step": step})
+
+        while True:
+            try:
+                trainer = train_guarded(
+                    build, ring, settings.guard, recovery, lambda event, step: write_row({"event": event, "step": step})
+                )
+                break
+            except torch.OutOfMemoryError as error:
+                settings = _halved(settings, ring, error)
+                write_row({"event": "out_of_memory", "step": max(ring.steps()), "micro_batch": settings.micro_batch})
     return finish(trainer, resumed, time.monotonic() - began)
+
+
+def _halved(s: RLSettings, ring: Ring, error: torch.OutOfMemoryError) -> RLSettings:
+    """Settings with about half the micro-batch, to go on with from the last checkpoint; DeviceError where that is no way out."""
+    whole = s.prompts * s.samples
+    now = s.micro_batch or whole
+    if world_size() > 1 or now == 1 or not ring.steps():
+        raise DeviceError(f"Out of memory at {now} completions at a time; set a smaller micro_batch, fewer prompts or samples.") from error
+    smaller = next(count for count in range(now // 2, 0, -1) if whole % count == 0)
+    log.warning("Out of memory: micro-batch reduced to %d completions, a step's %d stay; back to the last checkpoint.", smaller, whole)
+    return s.but(micro_batch=smaller)
 
 
 def _check(model: nn.Module, prompts: Sequence, columns: Mapping[str, Sequence], rewards: Mapping, s: RLSettings) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from adaptive_fixture import lora_model, numbers, tensors
 
-from lab.errors import DataError, SettingsError, TrainingError
+from lab.errors import DataError, DeviceError, SettingsError, TrainingError
 from lab.latent.draws import Keyed
 from lab.latent.loop import Budget, Prompt, rollout
 from lab.latent.plan import left, right
@@ -174,6 +174,25 @@ def test_micro_batches_give_the_same_update(model, tmp_path):
     for name, value in learned(model).items():
         torch.testing.assert_close(learned(other)[name], value, atol=1e-7, rtol=1e-5)
     assert any(not torch.equal(before[name], value) for name, value in learned(model).items())
+
+
+def test_out_of_memory_takes_fewer_completions_at_a_time_and_changes_nothing_else(tmp_path, caplog):
+    class Greedy(AdaptiveThinking):
+        def log_probs(self, batch, temperature):
+            if len(batch.ids) > 2 and torch.is_grad_enabled():
+                raise torch.OutOfMemoryError("injected")
+            return super().log_probs(batch, temperature)
+
+    settings, roomy, tight = SETTINGS.but(loss_type="grpo"), lora_model(), lora_model()
+    train(roomy, tmp_path / "a", settings.but(micro_batch=2))
+    result, rows = train(tight, tmp_path / "b", settings, Greedy(tight, most=4))
+    assert result.micro_batch == 2 and "reduced to 2 completions" in caplog.text
+    assert [row["micro_batch"] for row in rows if row.get("event") == "out_of_memory"] == [4, 2]
+    for name, parameter in learned(roomy).items():
+        torch.testing.assert_close(learned(tight)[name], parameter, atol=1e-6, rtol=1e-5)
+    with pytest.raises(DeviceError, match="8 completions at a time"):
+        model = lora_model()
+        train(model, tmp_path / "c", settings.but(save_every=0, guard={"enabled": False}), Greedy(model, most=4))
 
 
 def test_a_killed_training_resumes_to_the_same_weights(tmp_path):
