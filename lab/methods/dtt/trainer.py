@@ -24,7 +24,7 @@ NEVER = (
 )
 NOTHING = (
     "Every well-formed completion of step %d reasons for no token at all: shorter is rewarded even where it costs answers. "
-    "Look at the accuracy at each length, and lower lambda_penalty."
+    "Look at the accuracy at each length; lower lambda_penalty, or let it rise (lambda_warmup)."
 )
 log = logging.getLogger(__name__)
 
@@ -34,8 +34,8 @@ class CustomGRPOTrainer(LatentGRPOTrainer):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        self._told: list[dict[str, Any]] = []
-        self._told_nothing = False
+        self._progress_rows: list[dict[str, Any]] = []
+        self._collapsed = False
 
     def _roll_out(self, prompts: list[list[int]], trainer: Any) -> dict[str, Any]:
         self.thinking.at(self.state.global_step / self.s.steps)
@@ -93,8 +93,8 @@ class CustomGRPOTrainer(LatentGRPOTrainer):
         step = self.state.global_step + 1
         if step == 1 and s.gate == "dtt" and not any(spans):
             log.warning(NEVER)
-        if not self._told_nothing and any(spans) and not any(span.tokens for span in spans if span):
-            self._told_nothing = True
+        if not self._collapsed and any(spans) and not any(span.tokens for span in spans if span):
+            self._collapsed = True
             log.warning(NOTHING, step)
         if rank() == 0 and (step % self.s.log_every == 0 or step == 1):
             rows = self._examples(step, inputs, ids, rewards, split, spans)
@@ -123,8 +123,8 @@ class CustomGRPOTrainer(LatentGRPOTrainer):
     def _emit(self, row: dict[str, Any]) -> None:
         super()._emit(row)
         if rank() == 0 and self.s.report_to == "wandb":
-            self._told.append({"step": row["step"], **{shown: row.get(key, math.nan) for key, shown in PROGRESS.items()}})
-            _log_wandb({"train/train_progress_summary": _table(self._told)}, commit=True)
+            self._progress_rows.append({"step": row["step"], **{shown: row.get(key, math.nan) for key, shown in PROGRESS.items()}})
+            _log_wandb({"train/train_progress_summary": _table(self._progress_rows)}, commit=True)
 
 
 def _split(gates: list[float], span: Any) -> tuple[list[float], list[float]]:
