@@ -8,6 +8,7 @@ import socket
 import subprocess
 import tempfile
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -270,7 +271,7 @@ class Commands:
             process = subprocess.Popen(command, env=environment, cwd=cwd, **pipes)
             self._running.add(process)
         try:
-            said = process.communicate(timeout=60 * minutes if minutes else None)[1]
+            said = _listen(process, 60 * minutes if minutes else math.inf)
         except subprocess.TimeoutExpired:
             return f"stopped after {60 * minutes:g} s"  # type: ignore[operator]
         finally:
@@ -283,6 +284,17 @@ class Commands:
             self._stopped = True
             for process in self._running:
                 process.terminate()
+
+
+def _listen(process: subprocess.Popen, seconds: float) -> str:
+    """What `process` says until it ends; TimeoutExpired after `seconds`. It wakes every second, for Ray cannot interrupt one who waits."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return process.communicate(timeout=min(1.0, max(0.0, end - time.monotonic())))[1]
+        except subprocess.TimeoutExpired:
+            if time.monotonic() >= end:
+                raise
 
 
 def _end(process: subprocess.Popen, seconds: float = 20.0) -> None:
@@ -304,7 +316,7 @@ def _complaint(said: str, status: int) -> str:
 def on_worker(command: list[str], environment: dict[str, str], cwd: str, minutes: float | None) -> str:
     """`Commands.run` on another machine: the submitter's environment, with the devices this worker was given."""
     given = {name: value for name, value in os.environ.items() if name.startswith(_OF_THE_WORKER)}
-    return Commands().run(command, {**environment, **given}, minutes, cwd)
+    return Commands().run(command, {**environment, **given, kernels.PARENT: str(os.getpid())}, minutes, cwd)
 
 
 def _environment(needs: Needs) -> dict[str, str]:

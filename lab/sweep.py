@@ -83,7 +83,8 @@ def run_sweep(
     result = _run(f"{paper} {recipe}", tasks, plans, engine or Local(), folder, retries, show)
     result.figures = _figures(result.rows, folder / "figures")
     write_json(folder / "sweep.json", result.as_json())
-    report.write([path for name, path in result.runs.items() if name not in result.failed], folder / REPORT)
+    if done := [path for name, path in result.runs.items() if name not in result.failed]:
+        report.write(done, folder / REPORT)
     return result
 
 

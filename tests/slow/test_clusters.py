@@ -34,19 +34,21 @@ def check_that_a_failed_run_stands_alone(engine):
     assert set(results_of(result.runs["fail=false,seed=0"])) == {"draw", "double"}
 
 
-@pytest.fixture
-def ray_address(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def ray_address(tmp_path_factory):
     """The address of a cluster of two CPUs and no GPU, in processes of its own that end with it."""
     pytest.importorskip("ray", reason="the ray extra is not installed: pip install -e '.[ray]'")
-    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "60", "RAY_AUTH_MODE": "disabled"}.items():
-        monkeypatch.setenv(name, value)
+    log = tmp_path_factory.mktemp("ray") / "ray.log"
     with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "60", "RAY_AUTH_MODE": "disabled"}.items():
+            patch.setenv(name, value)
         for _ in range(4):  # on a busy machine a node gives up waiting for its own parts
             port = free_port()
-            if stack.enter_context(ray_cluster(port, tmp_path / "ray.log")):
+            if stack.enter_context(ray_cluster(port, log)):
                 break
         else:
-            pytest.fail((tmp_path / "ray.log").read_text()[-2000:])
+            pytest.fail(log.read_text()[-2000:])
         yield f"127.0.0.1:{port}"
 
 
