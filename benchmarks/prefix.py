@@ -121,7 +121,9 @@ def main():
     base = load_backbone("toy:qwen3-mid").requires_grad_(False)
     settings = LtaSettings.check(num_thought_tokens=THOUGHTS)
     lta = ThoughtModel.build(base, None, settings.model_dump(mode="json")).train()
-    softcot = ThoughtModel.build(base, None, settings.but(generator="assistant", assistant_width=256).model_dump(mode="json")).train()
+    only = {"sft_loss_weight": 1.0, "contrastive_loss_weight": 0.0, "kl_loss_weight": 0.0}
+    softcot = settings.but(generator="assistant", assistant_width=256, **only)
+    softcot = ThoughtModel.build(base, None, softcot.model_dump(mode="json")).train()
     print(f"{'work':<48}{'ratio':>8}{'floor s':>10}")
     for name, result in (
         ("LTA training step", training(lta, "lta", rounds)),

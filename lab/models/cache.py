@@ -239,7 +239,7 @@ class SlotKV:
             self._reserve(max(stop, 2 * self.capacity))
         shallow = isinstance(depth, int) and depth == 0
         self.plain, self.flat = self.plain and valid is None, self.flat and shallow
-        self.pos[:, start:stop] = pos
+        self.pos.narrow(1, start, stop - start).copy_(pos)
         if not shallow:
             self.depth[:, start:stop] = depth
         self.blocked[:, start:stop] = 0.0 if valid is None else bias_of(valid.bool())
@@ -255,9 +255,10 @@ class SlotKV:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, span: Span, p: float = 0.0) -> Tensor:
         """Writes `k`, `v` (R, H_kv, t, head) of one layer and attends from `q` (R, H, t, head); (R, t, H·head)."""
-        keys, values = self.keys[layer], self.values[layer]
-        keys[:, :, span.start : span.stop], values[:, :, span.start : span.stop] = k, v
-        keys, values = keys[:, :, : span.stop], values[:, :, : span.stop]
+        keys, values = self.keys[layer].narrow(2, 0, span.stop), self.values[layer].narrow(2, 0, span.stop)
+        new = span.stop - span.start
+        keys.narrow(2, span.start, new).copy_(k)
+        values.narrow(2, span.start, new).copy_(v)
         if self.shared is None:
             return attention(q, keys, values, span, p)
         return self._attend_both(layer, q, keys, values, span)
