@@ -136,8 +136,8 @@ def demo(
 
     result = sweeps.run_demo(jobs or min(4, os.cpu_count() or 1))
     done = [folder for name, folder in result.runs.items() if name not in result.failed]
-    page = report.write(done, provenance.outputs() / "demo.html")
-    _show({**result.as_json(), "report": str(page)}, f"{result.text()}\n\nreport: {page}", as_json)
+    page = str(report.write(done, provenance.outputs() / "demo.html")) if done else None
+    _show({**result.as_json(), "report": page}, result.text() + (f"\n\nreport: {page}" if page else ""), as_json)
     if result.failed:
         raise typer.Exit(1)
 
