@@ -136,7 +136,8 @@ def what_came_out(folder):
         if path.suffix in (".safetensors", ".csv", ".svg", ".npz") or path.name == "results.json":
             found[name] = path.read_bytes()
         elif path.suffix == ".jsonl":
-            found[name] = [{k: v for k, v in row.items() if k not in ("time", "seconds")} for row in kept(files.read_lines(path))]
+            rows = [row for row in kept(files.read_lines(path)) if "event" not in row]  # that it was resumed is noted there
+            found[name] = [{key: value for key, value in row.items() if key not in ("time", "seconds")} for row in rows]
     return found
 
 
