@@ -20,6 +20,9 @@ from lab.models.peft_state import with_adapters
 from lab.models.tokenizers import require
 
 
+LOG_STD = (-20.0, 10.0)  # so that a stray state gives no infinite thought, which would make a whole update NaN
+
+
 class LatentHead(nn.Module):
     """States (…, D) to a Gaussian over the next thought in standardised units: mean and deviation (…, D), in float32."""
 
@@ -33,7 +36,7 @@ class LatentHead(nn.Module):
         with torch.autocast(h.device.type, enabled=False):
             inner = self.fc(h.to(self.mean.weight.dtype))
             mean = self.mean(inner)
-            return mean, torch.full_like(mean, 1e-9) if self.log_std is None else self.log_std(inner).exp() * temperature
+            return mean, torch.full_like(mean, 1e-9) if self.log_std is None else self.log_std(inner).clamp(*LOG_STD).exp() * temperature
 
 
 class ColarParts(nn.Module):
