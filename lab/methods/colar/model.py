@@ -19,7 +19,6 @@ from lab.models.latent_model import LatentModel
 from lab.models.peft_state import with_adapters
 from lab.models.tokenizers import require
 
-
 LOG_STD = (-20.0, 10.0)  # so that a stray state gives no infinite thought, which would make a whole update NaN
 
 
