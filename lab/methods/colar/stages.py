@@ -7,13 +7,13 @@ from typing import Any
 
 from lab.data.answers import strict
 from lab.data.examples import Dataset, Example
-from lab.files import read_lines
 from lab.latent.record import Responses
 from lab.latent.sampling import Sampling
 from lab.methods.colar import toy
 from lab.methods.colar.config import ColarSettings
 from lab.methods.colar.model import ColarModel
 from lab.methods.colar.policy import PUBLISHED, generate
+from lab.records import read_metrics
 from lab.stats import proportion_interval
 
 WORLD = "permutations"
@@ -95,7 +95,7 @@ def learnt(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], fo
         found = {f"{name} {when}": row[name] for name in ("accuracy", "thoughts") for when, row in (("before", old), ("after", new))}
         found |= {"gain": new["accuracy"] - old["accuracy"], "fewer": old["thoughts"] - new["thoughts"]}
         told[f"speed {old['speed']}, {old['decoding']}"] = found
-    gaps = [row["logp_gap"] for row in read_lines(folder / "metrics.jsonl") if "logp_gap" in row]
+    gaps = [row["logp_gap"] for row in read_metrics(folder) if "logp_gap" in row]
     return told | {"largest_logp_gap": max(gaps)} if gaps else told
 
 
