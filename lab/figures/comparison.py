@@ -54,6 +54,6 @@ def apart(table: pd.DataFrame, x: str, near: float = 0.06, gap: float = 9.0) -> 
     width = (table[x].max() - table[x].min()) or 1.0
     rows: list[dict[str, Any]] = []
     for row in table.to_dict("records"):
-        crowd = [other for other in rows if abs(other[x] - row[x]) < 0.2 * width and abs(other["mean"] - row["mean"]) < near]
+        crowd = [other for other in rows if abs(other[x] - row[x]) < 0.1 * width and abs(other["mean"] - row["mean"]) < near]
         rows.append(row | {"shift": -gap * len(crowd)})
     return rows
