@@ -49,11 +49,11 @@ def accuracy_against_cost(ax: Axes, table: pd.DataFrame, x: str = "passes", xlab
     percent(ax)
 
 
-def apart(table: pd.DataFrame, x: str, near: float = 0.06, gap: float = 9.0) -> list[dict[str, Any]]:
+def apart(table: pd.DataFrame, x: str, near: float = 0.09, gap: float = 9.0) -> list[dict[str, Any]]:
     """The rows with `shift`, how many points a name moves down so that names of dots close to one another can be read."""
     width = (table[x].max() - table[x].min()) or 1.0
     rows: list[dict[str, Any]] = []
     for row in table.to_dict("records"):
-        crowd = [other for other in rows if abs(other[x] - row[x]) < 0.1 * width and abs(other["mean"] - row["mean"]) < near]
+        crowd = [other for other in rows if abs(other[x] - row[x]) < 0.2 * width and abs(other["mean"] - row["mean"]) < near]
         rows.append(row | {"shift": -gap * len(crowd)})
     return rows
