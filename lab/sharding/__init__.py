@@ -86,7 +86,7 @@ def accumulating(module: nn.Module, last: bool) -> Iterator[None]:
 
 def full(tensor: Any) -> Any:
     """A tensor as if it had never been sharded; anything else as it is. All processes must call it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor().clone() if hasattr(tensor, "full_tensor") else tensor  # what is gathered has room for more than its own
 
 
 def pieces(tensor: Tensor, like: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import trainer_targets as targets
 
+import lab
 from lab import launch as launching
 from lab import train
 
@@ -33,6 +34,13 @@ def test_two_processes_train_as_one_does(one, two, name, sharding):
     assert len(alone["gradients"]) >= 2 and max(alone["gradients"]) > 0
     for what in ("losses", "rewards", "gradients", "weights"):
         assert together[what] == pytest.approx(alone[what], abs=2e-6, rel=2e-4), what
+
+
+@pytest.mark.parametrize("name", ["coconut", "adaptive", "colar", "dtt_rl"])
+def test_what_was_trained_in_pieces_opens(two, name):
+    found = two["fsdp", name]
+    weights = dict(lab.load(found["saved"]).named_parameters())
+    assert sorted(float(p.detach().double().square().sum()) for p in weights.values()) == pytest.approx(sorted(found["weights"]), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", targets.TRAINERS)

@@ -258,6 +258,8 @@ def measured(name, folder, **changes):
     folder = Path(folder)
     torch.manual_seed(0)
     model = TRAINERS[name](folder, **changes)
+    if world_size() > 1 and getattr(model, "tokenizer", None) is not None:
+        on_main(lambda: str(model.save(folder / "saved")))
     rows = on_main(lambda: [row for path in sorted(folder.rglob("metrics.jsonl")) for row in files.read_lines(path)])
     rows = [row for row in rows if "grad_norm" in row]
     return {
@@ -266,6 +268,7 @@ def measured(name, folder, **changes):
         "gradients": [row["grad_norm"] for row in rows],
         "weights": [float(p.detach().double().square().sum()) for p in model.parameters()],
         "world": world_size(),
+        "saved": str(folder / "saved"),
     }
 
 
