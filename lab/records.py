@@ -50,10 +50,10 @@ class StepRecord:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; where a resumed step logged the same point again (same `step`, same texts), the later line counts."""
+    """The lines of metrics.jsonl; where a resumed step logged the same point again (same `step`, names and texts), the later one counts."""
     last: dict[Any, dict[str, Any]] = {}
     for number, line in enumerate(read_lines(folder / METRICS)):
-        key = tuple(sorted((k, v) for k, v in line.items() if k == "step" or isinstance(v, str)))
+        key = tuple(sorted((name, str(value) if name == "step" or isinstance(value, str) else "") for name, value in line.items()))
         last[key if "step" in line else number] = line
     return list(last.values())
 

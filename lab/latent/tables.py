@@ -9,13 +9,14 @@ from typing import Any
 
 from lab.data.examples import Example
 from lab.files import read_lines
+from lab.records import read_metrics
 
 
 def curve(folder: Path | str, value: str, without: Sequence[str] = ()) -> Any:
     """A logged number of every arm of a step (but those in `without`), as a table of arm, step, mean."""
     import pandas as pd
 
-    rows = [row for row in read_lines(Path(folder) / "metrics.jsonl") if value in row and row.get("arm", "") not in without]
+    rows = [row for row in read_metrics(Path(folder)) if value in row and row.get("arm", "") not in without]
     return pd.DataFrame([{"arm": r.get("arm", ""), "step": r["step"], "mean": r[value]} for r in rows], columns=["arm", "step", "mean"])
 
 

@@ -20,6 +20,7 @@ import pytest
 
 from lab import files, kernels
 from lab.errors import LabError
+from lab.records import read_metrics
 from lab.stability import kept_and_discarded
 
 pytestmark = pytest.mark.slow
@@ -136,14 +137,10 @@ def what_came_out(folder):
         if path.suffix in (".safetensors", ".csv", ".svg", ".npz") or path.name == "results.json":
             found[name] = path.read_bytes()
         elif path.suffix == ".jsonl":
-            rows = [row for row in kept(files.read_lines(path)) if "event" not in row]  # that it was resumed is noted there
+            rows = read_metrics(path.parent) if path.name == "metrics.jsonl" else files.read_lines(path)
+            rows = [row for row in rows if "event" not in row]  # that it was resumed is noted there
             found[name] = [{key: value for key, value in row.items() if key not in ("time", "seconds")} for row in rows]
     return found
-
-
-def kept(rows):
-    """Of points logged again by a resumed loop, the later ones."""
-    return list({json.dumps([row.get("step"), sorted(row)]) if "step" in row else i: row for i, row in enumerate(rows)}.values())
 
 
 def test_a_pipeline_killed_at_twenty_random_moments(tmp_path, record_property, monkeypatch):

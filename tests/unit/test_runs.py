@@ -65,8 +65,10 @@ def test_a_step_killed_halfway_is_taken_up_when_nothing_changed(begin):
     first.close()
     again = begin(run=first.run.folder)
     assert again.resumed and (again.folder / "half.txt").read_text() == "half" and again.info["attempts"] == 2
+    again.log(step=1, accuracy=0.5)
     again.log(step=1, loss=0.8)
-    assert [line["loss"] for line in read_metrics(again.folder)] == [1.0, 0.8]
+    lines = [{name: line.get(name) for name in ("loss", "accuracy")} for line in read_metrics(again.folder)]
+    assert lines == [{"loss": 1.0, "accuracy": None}, {"loss": 0.8, "accuracy": None}, {"loss": None, "accuracy": 0.5}]
 
 
 def test_a_step_killed_halfway_starts_over_with_other_parameters(begin):

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from lab.estimate import Training, of
-from lab.files import read_lines
 from lab.methods.colar.config import ColarSettings
 from lab.methods.colar.toy import SHAPE
+from lab.records import read_metrics
 from lab.rl import RLSettings
 from lab.train import TrainSettings
 
@@ -65,6 +65,6 @@ def loss_table(folder: Path):
     """The logged parts of the loss (a DataFrame), for `figures.loss_components`."""
     import pandas as pd
 
-    rows = [row for row in read_lines(folder / "metrics.jsonl") if "ce" in row]
+    rows = [row for row in read_metrics(folder) if "ce" in row]
     parts = ((row, name) for row in rows for name in ("ce", "latent") if name in row)
     return pd.DataFrame([{"step": row["step"], "component": name, "value": row[name]} for row, name in parts])

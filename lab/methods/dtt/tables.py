@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from lab.files import read_lines
+from lab.records import read_metrics
 
 HISTOGRAMS, BINS = "histograms.jsonl", 20
 GATES = {"gate_mean_reasoning": "gate inside", "gate_mean_non_reasoning": "gate outside", "correctness_mean": "correctness"}
@@ -17,8 +18,8 @@ def loss_table(folder: Path) -> pd.DataFrame:
     rows = [
         {"arm": path.parent.name, "step": row["step"], "mean": row["loss"]}
         for path in sorted(Path(folder).glob("*/metrics.jsonl"))
-        for row in read_lines(path)
-        if "loss" in row and "event" not in row
+        for row in read_metrics(path.parent)
+        if "loss" in row
     ]
     return pd.DataFrame(rows, columns=["arm", "step", "mean"])
 

@@ -14,6 +14,7 @@ from lab.methods.latenttts import toy
 from lab.methods.latenttts.model import RewardModel
 from lab.methods.latenttts.objective import recalls
 from lab.models.latent_model import LatentModel
+from lab.records import read_metrics
 from lab.sampling.curves import Scores, against_vote, curves, scored
 from lab.sampling.labels import Labelling, label
 from lab.sampling.pool import Pool, sample
@@ -113,7 +114,7 @@ def label_table(folder: Path) -> list[dict[str, float]]:
 
 def learning_table(folder: Path) -> pd.DataFrame:
     """The losses a step logged, for `figures.learning_curves`."""
-    rows = [row for row in read_lines(folder / "metrics.jsonl") if "loss" in row]
+    rows = [row for row in read_metrics(folder) if "loss" in row]
     return pd.DataFrame([{"step": row["step"], "arm": "reward model", "mean": row["loss"]} for row in rows])
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from lab.estimate import Training, of
-from lab.files import read_lines
 from lab.methods.tah.config import TahConfig
 from lab.methods.tah.toy import SHAPE, TASKS, world
 from lab.models.plan import planned_config
+from lab.records import read_metrics
 
 Values = dict[str, Any]
 HARD = 0.1  # about the share of tokens that are read twice
@@ -57,8 +57,8 @@ def loss_table(folder: Path):
     rows = [
         {"arm": path.parent.name.removeprefix("training-"), "step": row["step"], "mean": row["loss"]}
         for path in sorted(Path(folder).glob("training-*/metrics.jsonl"))
-        for row in read_lines(path)
-        if "loss" in row and "event" not in row
+        for row in read_metrics(path.parent)
+        if "loss" in row
     ]
     return pd.DataFrame(rows, columns=["arm", "step", "mean"])
 
