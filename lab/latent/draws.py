@@ -51,6 +51,11 @@ def mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
+def unit(bits: Tensor) -> Tensor:
+    """Numbers of 24 bits as uniform ones in the open interval (0, 1); the largest would round to 1, whose normal is infinite."""
+    return ((bits.float() + 0.5) * 2.0**-24).clamp_(max=1 - 2.0**-24)
+
+
 @dataclass(frozen=True)
 class Keyed:
     """Draws keyed by `key` (R,), one int64 a row; `Keyed.of(seed, question, sample)` makes the keys."""
@@ -69,7 +74,7 @@ class Keyed:
         count = math.prod(shape)
         counter = torch.arange(1, count + 1, device=base.device) * _GOLDEN
         bits = _shift(mix(base[:, None] + counter), 40)
-        return ((bits.float() + 0.5) * 2.0**-24).view(len(base), *shape)
+        return unit(bits).view(len(base), *shape)
 
     def normal(self, step: Tensor, stream: int, shape: tuple[int, ...] = ()) -> Tensor:
         """Standard normal, float32, (R, *shape)."""

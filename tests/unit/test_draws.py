@@ -4,12 +4,18 @@ import pytest
 import torch
 
 from lab.errors import SettingsError
-from lab.latent.draws import Keyed, Recorded, Stream
+from lab.latent.draws import Keyed, Recorded, Stream, unit
 
 
 def keyed(count, seed=0):
     row = torch.arange(count)
     return Keyed.of(seed, row // 8, row % 8)
+
+
+def test_no_number_rounds_to_an_end_of_the_interval():
+    ends = unit(torch.tensor([0, 1, (1 << 24) - 2, (1 << 24) - 1]))
+    assert bool((ends > 0).all()) and bool((ends < 1).all())
+    assert bool(torch.erfinv(2 * ends - 1).isfinite().all())
 
 
 def test_a_draw_does_not_depend_on_the_other_rows():
