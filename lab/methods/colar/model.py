@@ -19,8 +19,6 @@ from lab.models.latent_model import LatentModel
 from lab.models.peft_state import with_adapters
 from lab.models.tokenizers import require
 
-LOG_STD = (-20.0, 10.0)  # so that a stray state gives no infinite thought, which would make a whole update NaN
-
 
 class LatentHead(nn.Module):
     """States (…, D) to a Gaussian over the next thought in standardised units: mean and deviation (…, D), in float32."""
@@ -35,7 +33,7 @@ class LatentHead(nn.Module):
         with torch.autocast(h.device.type, enabled=False):
             inner = self.fc(h.to(self.mean.weight.dtype))
             mean = self.mean(inner)
-            return mean, torch.full_like(mean, 1e-9) if self.log_std is None else self.log_std(inner).clamp(*LOG_STD).exp() * temperature
+            return mean, torch.full_like(mean, 1e-9) if self.log_std is None else self.log_std(inner).exp() * temperature
 
 
 class ColarParts(nn.Module):
