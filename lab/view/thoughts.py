@@ -104,7 +104,7 @@ class Thoughts(View):
         return min(self.candidates, int(self.rows["top_texts"].map(len).max()))
 
     def _summary(self) -> str:
-        if not any(map(len, self.trace.samples["steps"])):
+        if not any(map(len, self.trace.samples["steps"])) or not self._wide():
             return ""
         rows = [
             [

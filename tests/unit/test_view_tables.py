@@ -62,6 +62,12 @@ def test_similarity_is_the_cosine_with_the_thought_before():
     assert np.allclose(rows["similarity"], [np.nan, np.sqrt(0.5), np.nan], equal_nan=True)
 
 
+def test_thoughts_without_candidates_are_not_said_to_have_found_nothing():
+    trace = thinking()
+    trace.thoughts[["top_texts", "top_probs"]] = [((), ())] * len(trace.thoughts)
+    assert "gold at rank 1" in view.thoughts(thinking()).html() and "gold at rank 1" not in view.thoughts(trace).html()
+
+
 def test_traces_without_thoughts_or_samples_say_so():
     empty = Trace.build("codi")
     assert "No thoughts" in view.thoughts(empty).html() and "No samples" in view.samples(empty).html()
