@@ -1,7 +1,8 @@
-"""How the processes of a training share its memory: copies of everything (ddp), or optimizer state and gradients in pieces (fsdp).
+"""How the processes of a training share its memory: copies of everything (ddp), or the optimizer state in pieces (fsdp).
 
 A latent training passes through the model many times a step (once for every thought) and reads the weights directly, so FSDP2 holds
-the whole model as one unit: the weights are gathered once a step, stay whole for all its passes, and are freed after the update.
+the whole model as one unit: the weights are gathered once a step, stay whole for all its passes, and are freed after the update; gradients
+are in pieces once they are summed, not before.
 Every function here does nothing to a module that is not sharded. Checkpoints hold whole tensors: they open with `lab.load` and resume
 under any number of processes and any sharding.
 """
@@ -19,7 +20,8 @@ from lab.errors import SettingsError
 Sharding = Literal["ddp", "fsdp"]
 NOT_OFFERED = (
     "DeepSpeed is not used here: it updates inside its own backward pass, before the guard could judge a step. "
-    "sharding fsdp keeps gradients and optimizer state in pieces, as ZeRO-2 does; weights in pieces (ZeRO-3) cannot be read directly"
+    "sharding fsdp keeps the optimizer state in pieces, and gradients once they are summed; "
+    "weights in pieces (ZeRO-3) cannot be read directly"
 )
 
 
