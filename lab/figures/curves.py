@@ -62,10 +62,11 @@ def accuracy_against_thoughts(ax: Axes, table: pd.DataFrame) -> None:
 
 @figure("n", "measure", "mean")
 def scaling(ax: Axes, table: pd.DataFrame) -> None:
-    """Coverage, vote, best-of-N and beam against the number of samples N, on a doubling axis."""
+    """Coverage, vote, best-of-N and beam against the number of samples N, on a doubling axis; measures stand side by side at each N."""
     shown = palette.looks(table["measure"])
-    for name, part in table.groupby("measure", sort=False):
-        spread(ax, part, "n", *shown[name], label(name))
+    for place, (name, part) in enumerate(table.groupby("measure", sort=False)):
+        beside = 2 ** (0.05 * (place - (len(shown) - 1) / 2))
+        spread(ax, part.assign(n=part["n"] * beside), "n", *shown[name], label(name))
     ax.set(xlabel="samples N", ylabel="accuracy")
     ax.set_xscale("log", base=2)
     ax.set_xticks(sorted(table["n"].unique()), [f"{n:g}" for n in sorted(table["n"].unique())])
