@@ -118,8 +118,12 @@ def _parts(table: pd.DataFrame) -> list[pd.DataFrame]:
 
 
 def _ends(ax: Axes, line: pd.DataFrame) -> None:
-    for row in (line.iloc[0], line.iloc[-1]):
-        ax.annotate(f"{row['threshold']:g}", (row["passes"], row["mean"]), xytext=(3, -8), textcoords="offset points", color=INK)
+    """Writes the threshold at both ends of a sweep; one range where they are at the same place."""
+    first, last = line.iloc[0], line.iloc[-1]
+    together = abs(first["passes"] - last["passes"]) < 0.05 and abs(first["mean"] - last["mean"]) < 0.05
+    texts = {f"{first['threshold']:g} … {last['threshold']:g}": first} if together else {f"{p['threshold']:g}": p for p in (first, last)}
+    for text, point in texts.items():
+        ax.annotate(text, (point["passes"], point["mean"]), xytext=(3, -8), textcoords="offset points", color=INK)
 
 
 def _discarded(ax: Axes, lost: pd.DataFrame, value: str) -> None:
