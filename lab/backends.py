@@ -72,8 +72,9 @@ def outputs(trace: Any, first: int = 0, seconds: float = 0.0) -> dict[tuple[int,
     for row in trace.samples.itertuples():
         key = (row.question, row.sample)
         tokens, spent = int(answered.get(key, 0)), float(passes.get(key, 0.0))
+        made, capped = float(getattr(row, "latents", math.nan)), float(getattr(row, "capped", math.nan))
         found[int(row.question) - first, int(row.sample)] = Output(
-            row.text, tokens, row.finish or "stop", spent, int(read.get(key, 0)), seconds
+            row.text, tokens, row.finish or "stop", spent, int(read.get(key, 0)), seconds, made, capped
         )
     return found
 

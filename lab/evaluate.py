@@ -58,7 +58,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Output:
-    """One answer given. `finish`: stop | length (cut at the limit). `passes`: body passes spent on thoughts and answer, NaN if unknown."""
+    """One answer given. `finish`: stop | length (cut at the limit). `passes`: body passes spent on thoughts and answer; `thoughts`: how
+    many there were, `capped`: the share of them (0 or 1) that the budget ended; NaN if unknown."""
 
     text: str
     tokens: int
@@ -66,6 +67,8 @@ class Output:
     passes: float = math.nan
     prompt_tokens: int = 0
     seconds: float = 0.0
+    thoughts: float = math.nan
+    capped: float = math.nan
 
 
 class Generator(Protocol):
@@ -277,6 +280,8 @@ def _line(benchmark: str, request: Request, output: Output, score: Any) -> dict[
         "output_tokens": output.tokens,
         "finish": output.finish,
         "passes": output.passes,
+        "thoughts": output.thoughts,
+        "capped": output.capped,
         "processing_time": round(output.seconds, 4),
     }
 

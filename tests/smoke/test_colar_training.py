@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lab.errors import SettingsError
+from lab.evaluate import read_samples
 from lab.latent.draws import Keyed
 from lab.latent.loop import Budget, Prompt, rollout
 from lab.methods.colar import toy
@@ -12,7 +13,7 @@ from lab.methods.colar.data import collate, group
 from lab.methods.colar.objective import advantages, clipped, loss
 from lab.methods.colar.policy import generate
 from lab.methods.colar.reinforce import Acting, ColarThinking, rewards_of, train_rl
-from lab.methods.colar.stages import decoding, deviation, evaluate, start
+from lab.methods.colar.stages import decoding, deviation, evaluate, recorded, start
 from lab.methods.colar.train import Batches, collator, count, prepare, train, warm_up
 from lab.models.layouts import load
 from lab.rl import Completions, RLSettings, gap
@@ -165,6 +166,21 @@ def test_evaluation_counts_thoughts_and_caps(model):
     assert row["thoughts"] <= 3 and 0 <= row["capped"] <= 1 and len(found.rows) == 4
     assert deviation(model, toy.examples("test", 4, 0)) > 0
     assert collator(model.config)
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_an_evaluation_that_is_kept_says_the_same_and_goes_on_where_it_was(model, tmp_path, greedy):
+    asked, way, how = toy.examples("test", 6, 0), decoding(greedy), {"max_new_tokens": 2, "batch": 4, "seed": 5}
+    kept = {"repeats": 2, "thoughts": 3}
+    want, said = zip(*(evaluate(model, asked, speed, **way, **kept, max_new_tokens=2, seed=5) for speed in (1, 2)), strict=True)
+    found = recorded(model, asked, (1, 2), tmp_path, "permutations", way, how, **kept)
+    alike = ("accuracy", "thoughts", "tokens", "capped")
+    assert [[row[name] for name in alike] for row in found] == [[row[name] for name in alike] for row in want]
+    assert [row["output"] for row in read_samples(tmp_path / "speed-2")] == [row.text for row in said[1].rows]
+    samples = tmp_path / "speed-2" / "samples.jsonl"
+    samples.write_text("".join(samples.read_text().splitlines(keepends=True)[:5]))
+    assert repr(recorded(model, asked, (1, 2), tmp_path, "permutations", way, how, **kept)) == repr(found)
+    assert [row["output"] for row in read_samples(tmp_path / "speed-2")] == [row.text for row in said[1].rows]
 
 
 def test_a_model_with_adapters_is_saved_whole_and_trains_on_under_new_ones(tmp_path):

@@ -27,6 +27,8 @@ def test_no_training_notebook_is_missing_above():
     assert {name for name in steps if "train" in name or "warm_up" in name or "rl" in name} == {f"{name}.ipynb" for name in TRAINING}
 
 
-@pytest.mark.parametrize("name", ["adaptive/3_evaluate", "coconut/2_evaluate", "codi/2_evaluate", "lta/2_evaluate", "tah/4_evaluate"])
+@pytest.mark.parametrize(
+    "name", [f"{paper}/2_evaluate" for paper in ("coconut", "codi", "colar", "lta")] + ["adaptive/3_evaluate", "tah/4_evaluate"]
+)
 def test_evaluations_of_benchmarks_can_be_shared_by_processes(name):
     assert parameters_of(home() / "notebooks" / f"{name}.ipynb")["processes"].default == 1

@@ -1,12 +1,16 @@
 """What the notebooks call: data, a model to train, its evaluation at every speed."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lab.backends import Latent
 from lab.data.answers import strict
 from lab.data.examples import Dataset, Example
+from lab.data.source import Source
+from lab.evaluate import Decoding
+from lab.evaluate import evaluate as answer_all
 from lab.latent.record import Responses
 from lab.latent.sampling import Sampling
 from lab.methods.colar import toy
@@ -14,7 +18,7 @@ from lab.methods.colar.config import ColarSettings
 from lab.methods.colar.model import ColarModel
 from lab.methods.colar.policy import PUBLISHED, generate
 from lab.records import read_metrics
-from lab.stats import proportion_interval
+from lab.stats import Interval, proportion_interval
 
 WORLD = "permutations"
 
@@ -54,7 +58,7 @@ def decoding(greedy: bool) -> dict[str, Any]:
 def evaluate(
     model: ColarModel, data: Sequence[Example], speed: int | str, *, rule: str = "colar", repeats: int = 1, seed: int = 0, **options: Any
 ) -> tuple[dict[str, float], Responses]:
-    """Accuracy, number of thoughts (# L) over all and over right answers, answer length and the share closed by the budget.
+    """Accuracy, thoughts (# L) over all and over right answers, answer length and the share closed by the budget; nothing is kept.
 
     Args:
         repeats: answers a question, with draws of their own (5 as published).
@@ -63,18 +67,55 @@ def evaluate(
     found = generate(model, data, repeats, speed=speed, seed=seed, **options)
     gold = [example.answer for example in data for _ in range(repeats)]
     right = [strict(row.text, answer, rule)[1] for row, answer in zip(found.rows, gold, strict=True)]
-    counts = [row.thoughts for row in found.rows]
-    interval = proportion_interval(sum(right), len(right))
-    on_right = [count for count, ok in zip(counts, right, strict=True) if ok]
+    rows = [
+        {"is_correct": ok, "thoughts": row.thoughts, "output_tokens": len(row.ids), "capped": row.capped}
+        for row, ok in zip(found.rows, right, strict=True)
+    ]
+    return _numbers(rows, proportion_interval(sum(right), len(right))), found
+
+
+def recorded(
+    model: ColarModel,
+    data: Sequence[Example],
+    speeds: Sequence[int],
+    folder: Path,
+    benchmark: str,
+    way: dict[str, Any],
+    how: dict[str, Any],
+    *,
+    rule: str = "colar",
+    thoughts: int = 64,
+    repeats: int = 1,
+    processes: int = 1,
+) -> list[dict[str, float]]:
+    """One row a speed as `evaluate` has them, from answers that are kept in `folder`: a killed evaluation goes on where it was.
+
+    Args:
+        way: see `decoding`. how: the other settings of a `lab.evaluate.Decoding` (max_new_tokens, batch, seed).
+        processes: share the questions.
+    """
+    drawing = {name: way[name] for name in ("latent_temperature", "end_temperature")}
+    said, source = Decoding.check(**way["sampling"].model_dump(), **how), Source.check(benchmark=benchmark)
+    kept = {"rule": rule, "scorer": lambda text, example: source.score(text, example.answer, rule), "processes": processes}
+    rows = []
+    for speed in speeds:
+        answering = Latent(model, speed=speed, thoughts=thoughts, **drawing)
+        found = answer_all(answering, data, benchmark, folder / f"speed-{speed}", said, repeat=repeats, label=f"speed {speed}", **kept)
+        rows.append({"speed": speed, **_numbers(found.rows, found.strict)})
+    return rows
+
+
+def _numbers(rows: Sequence[Mapping[str, Any]], accuracy: Interval) -> dict[str, float]:
+    on_right = [row["thoughts"] for row in rows if row["is_correct"]]
     return {
-        "accuracy": interval.mean,
-        "low": interval.low,
-        "high": interval.high,
-        "thoughts": statistics.fmean(counts),
+        "accuracy": accuracy.mean,
+        "low": accuracy.low,
+        "high": accuracy.high,
+        "thoughts": statistics.fmean(row["thoughts"] for row in rows),
         "thoughts_right": statistics.fmean(on_right) if on_right else float("nan"),
-        "tokens": statistics.fmean(len(row.ids) for row in found.rows),
-        "capped": statistics.fmean(row.capped for row in found.rows),
-    }, found
+        "tokens": statistics.fmean(row["output_tokens"] for row in rows),
+        "capped": statistics.fmean(row["capped"] for row in rows),
+    }
 
 
 def table(model: ColarModel, data: Sequence[Example], speeds: Sequence[int], **options: Any) -> list[dict[str, float]]:
