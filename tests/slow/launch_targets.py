@@ -100,6 +100,22 @@ def asked(folder, processes=1, dies_after=None):
     return evaluate(Dying(model, tokenizer), examples, "number", folder, decoding, repeat=2, processes=processes)
 
 
+def gated(folder, processes=1):
+    """The artefacts of an evaluation of a tiny gated model with drawn gates and tokens."""
+    import torch
+
+    from lab.evaluate import Decoding
+    from lab.methods.dtt.evaluate import evaluate_gated
+    from lab.methods.dtt.stages import examples, fresh
+    from lab.methods.dtt.tables import gates_of
+
+    torch.manual_seed(0)
+    how = {"decoding": Decoding(temperature=1.0, max_new_tokens=8, batch=4), "drawn": True, "states": 12, "processes": processes}
+    numbers = evaluate_gated(fresh("toy:gpt2", "permutations", {}, 0), examples("permutations", "test", 20), "permutations", folder, **how)
+    kept = [torch.load(folder / f"{name}.pt", weights_only=True) for name in ("gate_values", "hidden_states")]
+    return repr(numbers), gates_of(folder), (folder / "evaluation_results.csv").read_text(), *kept
+
+
 def ask(folder):
     """120 sampled answers of a tiny model, four at a time, unhurried enough to be killed in between."""
     from lab.backends import HF

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import launch_targets as targets
@@ -107,6 +108,13 @@ def test_an_evaluation_shared_by_processes_is_that_of_one_even_where_one_of_them
     answered = {(row["id"], row["sample"]): row["processing_time"] for row in rows}
     assert targets.asked(tmp_path / "two", processes=2).rows == together.rows  # nothing is asked again
     assert {(row["id"], row["sample"]): row["processing_time"] for row in files.read_lines(tmp_path / "two" / "samples.jsonl")} == answered
+
+
+def test_gates_and_states_of_an_evaluation_shared_by_processes_are_those_of_one(tmp_path):
+    alone, together = targets.gated(tmp_path / "one"), targets.gated(tmp_path / "two", processes=2)
+    assert len(list((tmp_path / "two").glob("gates-*.jsonl"))) == 2 and together[2] == alone[2]
+    torch.testing.assert_close(together[3:], alone[3:])
+    assert {name: len(values) for name, values in together[1].items()} == {name: len(values) for name, values in alone[1].items()}
 
 
 def test_the_error_of_one_process_is_raised_here_and_ends_all(tmp_path):

@@ -28,7 +28,8 @@ def test_no_training_notebook_is_missing_above():
 
 
 @pytest.mark.parametrize(
-    "name", [f"{paper}/2_evaluate" for paper in ("coconut", "codi", "colar", "lta")] + ["adaptive/3_evaluate", "tah/4_evaluate"]
+    "name",
+    [f"{paper}/2_evaluate" for paper in ("coconut", "codi", "colar", "lta")] + ["adaptive/3_evaluate", "dtt/3_evaluate", "tah/4_evaluate"],
 )
 def test_evaluations_of_benchmarks_can_be_shared_by_processes(name):
     assert parameters_of(home() / "notebooks" / f"{name}.ipynb")["processes"].default == 1

@@ -21,12 +21,13 @@ from lab.data.answers import RULES, Score, score
 from lab.data.benchmarks import BENCHMARKS
 from lab.data.examples import Example
 from lab.evaluate import Decoding, Evaluation, evaluate
+from lab.launch import rank
 from lab.methods.dtt.config import BOT, EOT
 from lab.methods.dtt.model import SparseGatedModel
 from lab.methods.dtt.reward import find_span
 
 log = logging.getLogger(__name__)
-GATES, STATES, TABLE = "gates.jsonl", "states", "evaluation_results.csv"
+GATES, STATES, TABLE = "gates-{}.jsonl", "states", "evaluation_results.csv"  # a file of gates for each process that answered
 
 
 def judge(text: str, example: Example, benchmark: str, gate: str, bot_in_prompt: bool = False) -> Score:
@@ -52,6 +53,8 @@ class Recording:
         self._model, self._folder, self._states = model, folder, states
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_model":  # a copy for another process has nothing yet
+            raise AttributeError(name)
         return getattr(self._model, name)
 
     def generate(self, questions: Sequence[Any], samples: int = 1, *, first: int = 0, **options: Any) -> Any:
@@ -61,10 +64,16 @@ class Recording:
         for row in result.rows:
             read = {name: row.channels.get(name, [])[: len(row.ids)] for name in ("gate", "gate_logit")}
             said = {"question": row.question, "sample": row.sample, "ids": row.ids, "text": row.text, "passes": len(row.ids)}
-            files.append_line(self._folder / GATES, files.plain(said | read | {"inside": _inside(row.ids, read["gate"], self._model)}))
+            files.append_line(
+                self._folder / GATES.format(rank()), files.plain(said | read | {"inside": _inside(row.ids, read["gate"], self._model)})
+            )
         if kept:
             (self._folder / STATES).mkdir(exist_ok=True)
-            found = {row.question: torch.tensor(row.channels["state"][: len(row.ids)]) for row in result.rows if row.sample == 0}
+            found = {
+                row.question: torch.tensor(row.channels["state"][: len(row.ids)])
+                for row in result.rows
+                if row.sample == 0 and row.question < self._states
+            }
             torch.save(found, self._folder / STATES / f"{first:06d}.pt")
         return result
 
@@ -79,25 +88,32 @@ def evaluate_gated(
     drawn: bool = False,
     states: int = 64,
     label: str = "",
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Answers and scores all `examples`, writes the artefacts, returns the headline numbers; a killed one goes on where it was.
 
     Args:
         drawn: gates are drawn as in training; by default each takes its likelier side. states: questions whose hidden states are kept.
+        processes: share the questions.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     answering = Latent(Recording(model, folder, states), drawn=drawn)
     scorer = partial(judge, benchmark=benchmark, gate=model.config.gate, bot_in_prompt=model.config.bot_in_prompt)
-    found = evaluate(answering, examples, benchmark, folder, decoding, scorer=scorer, label=label or "evaluation")
-    said = {(row["question"], row["sample"]): row for row in files.read_lines(folder / GATES)}
-    rows = [said[key] for key in sorted(said)]
+    found = evaluate(answering, examples, benchmark, folder, decoding, scorer=scorer, label=label or "evaluation", processes=processes)
+    rows = said_in(folder)
     parts = [_parts(row, model) for row in rows]
     _write_table(folder / TABLE, rows, parts, examples, model, scorer)
     torch.save([torch.tensor(row["gate"]) for row in rows], folder / "gate_values.pt")
     kept = {k: v for path in sorted((folder / STATES).glob("*.pt")) for k, v in torch.load(path, weights_only=True).items()}
     torch.save([kept[key] for key in sorted(kept)], folder / "hidden_states.pt")
     return _numbers(found, rows, parts, model)
+
+
+def said_in(folder: Path) -> list[dict[str, Any]]:
+    """What an evaluation in `folder` wrote down of each answer (ids, text, gates, which of them are inside), once, in order."""
+    said = {(row["question"], row["sample"]): row for path in sorted(folder.glob(GATES.format("*"))) for row in files.read_lines(path)}
+    return [said[key] for key in sorted(said)]
 
 
 def _parts(row: dict[str, Any], model: SparseGatedModel) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from lab.files import read_lines
+from lab.methods.dtt.evaluate import said_in
 from lab.records import read_metrics
 
 HISTOGRAMS, BINS = "histograms.jsonl", 20
@@ -83,7 +84,7 @@ def _shares(counts: Mapping[str, Sequence[int]]) -> pd.DataFrame:
 def gates_of(folder: Path) -> dict[str, list[float]]:
     """{inside, outside}: all gates that an evaluation wrote down."""
     found: dict[str, list[float]] = {"inside": [], "outside": []}
-    for row in read_lines(folder / "gates.jsonl"):
+    for row in said_in(folder):
         for value, inside in zip(row["gate"], row["inside"], strict=True):
             found["inside" if inside else "outside"].append(value)
     return {name: values for name, values in found.items() if values}
