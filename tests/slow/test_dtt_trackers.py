@@ -17,12 +17,11 @@ def test_an_offline_wandb_run_holds_numbers_tables_and_histograms(tmp_path, monk
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     found = targets.measured("dtt_rl", tmp_path / "run", report_to="wandb")
-    summary = dict(wandb.run.summary)
+    summary, run = dict(wandb.run.summary), Path(wandb.run.dir).parent
     wandb.finish()
     assert summary["train/reward"] == pytest.approx(found["rewards"][-1])
     assert {"train/rewards/correctness/mean", "train/gate/mean", "train/gate_histogram_overall"} <= summary.keys()
-    (run,) = tmp_path.glob("wandb/offline-run-*")
-    assert next(run.glob("run-*.wandb")).stat().st_size > 1000
+    assert run.name.startswith("offline-run-") and next(run.glob("run-*.wandb")).stat().st_size > 1000
     examples, *_ = (json.loads(path.read_text()) for path in sorted(run.glob("files/media/table/train/examples_*.json")))
     assert {"prompt", "completion", "correctness", "gate_inside"} <= set(examples["columns"]) and len(examples["data"]) == 8
     progress = [json.loads(path.read_text()) for path in run.glob("files/media/table/train/train_progress_summary_*.json")]
