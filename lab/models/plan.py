@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lab.errors import CheckpointError, SettingsError, closest
-from lab.models.backbones import BackboneSettings, causal_class, load_config, parameter_count, refuse_overrides
+from lab.models.backbones import BackboneSettings, causal_class, load_config, refuse_overrides
 from lab.models.latent_model import LatentModel, model_class
 
 if TYPE_CHECKING:
@@ -38,29 +38,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "gpt2-large": _GPT2 | dict(layers=36, hidden=1280, intermediate=5120, heads=20),
     "gpt2-xl": _GPT2 | dict(layers=48, hidden=1600, intermediate=6400, heads=25),
 }
-
-
-def parameter_counts(
-    name: str, method: str = "none", settings: Mapping[str, Any] | None = None, *, pruned: int = 0, **size_overrides: Any
-) -> dict[str, int]:
-    """Parameters by part: embeddings, layers (and one of them), head (0 when tied), the rest, the method's parts, total, trained.
-
-    Args:
-        name: hub id, folder or `toy:…` of the backbone. settings: the method's.
-        pruned: how many layers will have been dropped. size_overrides: of a toy backbone.
-
-    Raises:
-        SettingsError: a backbone whose shape is neither built in nor on this machine, or settings that do not fit it.
-    """
-    model = planned_model(planned_config(name, pruned=pruned, **size_overrides), method, settings or {})
-    backbone = model.backbone
-    stack = backbone.transformer.h if backbone.config.model_type == "gpt2" else backbone.model.layers
-    counts = {"embeddings": parameter_count(backbone.get_input_embeddings()), "one layer": parameter_count(stack[0])}
-    counts |= {"layers": parameter_count(stack), "head": 0 if backbone.config.tie_word_embeddings else counts["embeddings"]}
-    counts["norms, positions"] = parameter_count(backbone) - counts["embeddings"] - counts["layers"] - counts["head"]
-    counts |= {part: parameter_count(module) for part, module in model.parts.named_children()}
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return counts | {"total": parameter_count(model), "trained": trained}
 
 
 def planned_model(config: "PreTrainedConfig", method: str, settings: Mapping[str, Any]) -> LatentModel:

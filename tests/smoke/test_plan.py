@@ -4,7 +4,7 @@ import pytest
 
 from lab.errors import SettingsError
 from lab.models.backbones import load_backbone, parameter_count
-from lab.models.plan import PUBLISHED, parameter_counts, planned_config, planned_model
+from lab.models.plan import PUBLISHED, planned_config, planned_model
 
 TOTALS = {
     "Qwen/Qwen3-0.6B-Base": 596_049_920,
@@ -23,6 +23,19 @@ TOTALS = {
     "gpt2-large": 774_030_080,
     "gpt2-xl": 1_557_611_200,
 }
+
+
+def parameter_counts(name, method="none", settings=None, *, pruned=0, **size_overrides):
+    """Parameters by part: embeddings, layers (and one of them), head (0 when tied), the rest, the method's parts, total, trained."""
+    model = planned_model(planned_config(name, pruned=pruned, **size_overrides), method, settings or {})
+    backbone = model.backbone
+    stack = backbone.transformer.h if backbone.config.model_type == "gpt2" else backbone.model.layers
+    counts = {"embeddings": parameter_count(backbone.get_input_embeddings()), "one layer": parameter_count(stack[0])}
+    counts |= {"layers": parameter_count(stack), "head": 0 if backbone.config.tie_word_embeddings else counts["embeddings"]}
+    counts["norms, positions"] = parameter_count(backbone) - counts["embeddings"] - counts["layers"] - counts["head"]
+    counts |= {part: parameter_count(module) for part, module in model.parts.named_children()}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return counts | {"total": parameter_count(model), "trained": trained}
 
 
 @pytest.mark.parametrize(("name", "total"), TOTALS.items())
