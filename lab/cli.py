@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from lab import completion
-from lab.errors import LabError
+from lab.errors import Interrupted, LabError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, help="A workbench for latent reasoning.")
 
@@ -252,6 +252,12 @@ def main() -> None:
             raise
         typer.echo(f"lab: {error}", err=True)
         sys.exit(error.status)
+    except SystemExit as end:
+        if end.code == Interrupted.status:
+            typer.echo("lab: Stopped.", err=True)
+        raise
+    finally:
+        exec("")  # clears CPython's mark of an interrupt that passed through exec of a text: it would turn our status into -SIGINT
 
 
 def _end_with(parent: int) -> None:

@@ -248,6 +248,9 @@ class Live:
         try:
             yield
             ended = "done in"
+        except KeyboardInterrupt:
+            ended = "stopped after"
+            raise
         finally:
             self._wall[name] = time.monotonic() - self._began
             stop.set()

@@ -209,3 +209,15 @@ def test_starting_is_quick_and_loads_nothing_heavy(code):
         times.append(time.perf_counter() - began)
         assert done.returncode == 0 and done.stderr.strip() == "[]"
     assert min(times) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("ending", "words"), [("raise Interrupted('Stopped; go on with: lab run.')", "lab: Stopped; go on with: lab run."), ("raise", "lab: Stopped.")]
+)
+def test_an_interrupt_in_the_middle_of_an_import_leaves_our_status(tmp_path, ending, words):
+    """A dataclass is made by exec of a text: CPython would end the process by SIGINT whatever it is told afterwards."""
+    lines = ["try:", "    exec('raise KeyboardInterrupt')", "except KeyboardInterrupt:", f"    {ending}"]
+    body = ["import typer", "from lab import cli", "from lab.errors import Interrupted", "cli.app = typer.Typer()", "@cli.app.command()"]
+    (tmp_path / "stopped.py").write_text("\n".join([*body, "def stop():", *(f"    {line}" for line in lines), "cli.main()"]))
+    done = subprocess.run([sys.executable, "-m", "stopped"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (130, words)
