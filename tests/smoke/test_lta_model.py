@@ -251,14 +251,40 @@ def test_files_round_trip(kind, tmp_path):
     export_official(m, tmp_path / "official")
     answers = {"backbone": m.backbone, "tokenizer": m.tokenizer, "num_thought_tokens": 3, "family": "qwen3"}
     if kind == "assistant":
-        answers["assistant"] = m.assistant
+        answers |= {"assistant": m.assistant, "distinct_slots": True}
     again = lab.load(tmp_path / "official", **answers)
     assert again.method == ("lta" if kind == "block" else "softcot")
-    again.settings = {**again.settings, "distinct_slots": m.config.distinct_slots}
     assert [row.ids for row in again.generate(EXAMPLES, **GREEDY).rows] == want
     own = lab.load(m.save(tmp_path / "own"))
     own.use_assistant(m.assistant)
     assert [row.ids for row in own.generate(EXAMPLES, **GREEDY).rows] == want
+
+
+def test_published_files_are_read_with_what_their_scripts_fixed(tmp_path):
+    export_official(model("block"), tmp_path / "lta")
+    export_official(model("assistant", SoftcotModel), tmp_path / "softcot")
+    answers = {"backbone": base(), "tokenizer": TOKENIZERS["qwen3"], "num_thought_tokens": 3, "family": "qwen3"}
+    assert lab.load(tmp_path / "lta", **answers).config.distinct_slots
+    assert not lab.load(tmp_path / "lta", **answers, task="strategyqa").config.distinct_slots
+    soft = lab.load(tmp_path / "softcot", **answers, assistant=base(5, 24))
+    placeholder = TOKENIZERS["qwen3"].convert_tokens_to_ids("<|endoftext|>")
+    row = prompted(soft, EXAMPLES[0])
+    assert {row.assistant[slot] for slot in row.slots} == {placeholder}, "SoftCoT's thoughts share the placeholder's id"
+    for family, eps in (("qwen3", 1e-6), ("llama", 1e-5)):
+        block = lab.load(tmp_path / "lta", **answers | {"family": family}).parts.generator.block
+        assert block.norm1.eps == block.norm2.eps == eps
+    with pytest.raises(SettingsError, match="prompt family"):
+        lab.load(tmp_path / "lta", **answers | {"family": "mistral"})
+
+
+def test_softcot_draws_at_temperature_one_where_nothing_is_said(tmp_path):
+    m = model("assistant", SoftcotModel).eval()
+    options = {"samples": 4, "max_new_tokens": 6}
+    for top_k, want in ((None, 50), (3, 3)):
+        m.backbone.generation_config.top_k = top_k
+        unsaid = m.generate(EXAMPLES, **options)
+        said = m.generate(EXAMPLES, **options, sampling=Sampling(temperature=1.0, top_k=want))
+        assert [row.ids for row in unsaid.rows] == [row.ids for row in said.rows]
 
 
 def test_files_that_lack_something_say_so(tmp_path):

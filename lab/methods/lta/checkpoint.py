@@ -7,7 +7,7 @@ import torch
 
 from lab.errors import CheckpointError, SettingsError, unknown
 from lab.files import writing
-from lab.methods.lta.config import LtaSettings, family_of
+from lab.methods.lta.config import FAMILIES, LtaSettings, family_of
 from lab.methods.lta.model import LORA, ThoughtModel
 from lab.models.backbones import load_backbone
 from lab.models.layouts import FolderFiles, Layout
@@ -18,7 +18,8 @@ from lab.models.tokenizers import load_tokenizer
 
 MODEL = ThoughtModel
 PROJECTION, BLOCK = "projection.bin", "TransformerBlock.bin"
-ANSWERS = ("backbone", "tokenizer", "assistant", "assistant_tokenizer", "num_thought_tokens", "task", "family", "eps", "gold_steps", "pack")
+SETTINGS = ("num_thought_tokens", "task", "family", "eps", "gold_steps", "distinct_slots")
+ANSWERS = ("backbone", "tokenizer", "assistant", "assistant_tokenizer", "pack", *SETTINGS)
 TUNED = {"base": "base_model.bin", "assistant": "assistant_model.bin"}  # beside the others where the published code tuned them
 
 
@@ -35,8 +36,10 @@ class OfficialFiles:
     def load(self, folder: Path, layout: Layout, **answers: Any) -> ThoughtModel:
         """The model; `backbone=` (a name, folder or model) is always needed, `assistant=` where a small model makes the thoughts.
 
-        Further: `num_thought_tokens=` (32), `task=`, `family=` (from the backbone's name), `eps=`, `tokenizer=`, `assistant_tokenizer=`,
-        `pack=` (file of the prompt wording). Weights of a tuned base or assistant beside them take the place of the ones given.
+        Further: `num_thought_tokens=` (32), `task=`, `family=` (from the backbone's name), `eps=` (the family's), `tokenizer=`,
+        `assistant_tokenizer=`, `pack=` (file of the prompt wording), `distinct_slots=` (whether each thought has an id of its own; as
+        published: LTA's tasks except strategyqa, never SoftCoT. A projection of LTA's assistant mode needs True: its file is SoftCoT's).
+        Weights of a tuned base or assistant beside them take the place of the ones given.
         """
         for name in answers:
             if name not in ANSWERS:
@@ -48,7 +51,7 @@ class OfficialFiles:
         base = answers["backbone"]
         base, name = (load_backbone(base), base) if isinstance(base, str) else (base, base.config.model_type)
         block = read_state(folder / BLOCK) if (folder / BLOCK).is_file() else None
-        s = _settings(projection, block, base, answers, name)
+        s = _settings(projection, block, base, answers, family_of(answers.get("family", name)))
         tokenizer = answers.get("tokenizer", name if isinstance(answers["backbone"], str) else None)
         model = self.kind.build(base, load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer, s.model_dump(mode="json"))
         assistant = answers.get("assistant")
@@ -73,23 +76,22 @@ def _fill(model, path: Path) -> None:
     load_exact(model, state, what=path.name, allow_unexpected=BUFFERS)
 
 
-def _settings(projection: State, block: State | None, base, answers: dict[str, Any], name: str) -> LtaSettings:
+def _settings(projection: State, block: State | None, base, answers: dict[str, Any], family: str) -> LtaSettings:
     width, inner = projection["weight"].shape
     if width != base.config.hidden_size:
         raise CheckpointError(f"{PROJECTION} writes vectors of width {width}, the backbone reads {base.config.hidden_size}.")
     if block is None and inner == width and "assistant" not in answers:
         raise CheckpointError(f"{PROJECTION} alone, of shape {width} × {inner}: the block's weights ({BLOCK}) are missing.")
     sets = projection["embedding"].shape[0] if "embedding" in projection else 1
-    known = {key: answers[key] for key in ("num_thought_tokens", "task", "eps", "gold_steps") if key in answers}
+    published = {"family": family, "eps": FAMILIES[family].eps, "distinct_slots": block is not None and answers.get("task") != "strategyqa"}
     return LtaSettings.check(
         generator="assistant" if block is None else "block",
-        family=answers.get("family") or family_of(name),
         inner=0 if block is None else block["linear1.weight"].shape[0],
         assistant_width=inner if block is None else 0,
         **({} if block is not None else {"sft_loss_weight": 1.0, "contrastive_loss_weight": 0.0, "kl_loss_weight": 0.0}),
         num_scaling_times=sets,
         eos_id=base.config.eos_token_id if isinstance(base.config.eos_token_id, int) else -1,
-        **known,
+        **{**published, **{key: answers[key] for key in SETTINGS if key in answers}},
     )
 
 

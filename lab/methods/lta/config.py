@@ -12,7 +12,7 @@ TASKS = ("gsm8k", "strategyqa", "math", "aqua", "du")
 
 class Markers(Settings):
     """What stands around thoughts in a family's prompts (`lta.md` 2.2): placeholder, begin, end, the token that ends a turn, and the
-    first of the distinct ids that stand for thoughts in the assistant's prompt.
+    first of the distinct ids that stand for thoughts in the assistant's prompt; `eps` of the block's norms (2.7).
     """
 
     placeholder: str
@@ -20,6 +20,7 @@ class Markers(Settings):
     end: str
     turn_end: str
     first_slot: int
+    eps: float = 1e-6
 
 
 FAMILIES = {
@@ -29,6 +30,7 @@ FAMILIES = {
         end="<|reserved_special_token_1|>",
         turn_end="<|eot_id|>",
         first_slot=128011,
+        eps=1e-5,
     ),
     "qwen": Markers(placeholder="<|endoftext|>", begin="<|box_start|>", end="<|box_end|>", turn_end="<|im_end|>", first_slot=150001),
     "qwen3": Markers(placeholder="<|endoftext|>", begin="<think>", end="</think>", turn_end="<|im_end|>", first_slot=150001),
@@ -36,7 +38,9 @@ FAMILIES = {
 
 
 def family_of(name: str) -> str:
-    """The family a model id or type belongs to; SettingsError for one whose markers are not known."""
+    """The family a model id or type belongs to, or is; SettingsError for one whose markers are not known."""
+    if name in FAMILIES:
+        return name
     lowered = name.lower().replace("-", "").replace("_", "")
     for family, words in (("llama", ("llama",)), ("qwen3", ("qwen3",)), ("qwen", ("qwen2.5", "qwen2"))):
         if any(word in lowered for word in words):

@@ -114,7 +114,7 @@ def start(values: dict[str, Any]) -> ThoughtModel:
         generator=generator,
         task=values["task_name"],
         family=family,
-        eps=1e-5 if family == "llama" else 1e-6,
+        eps=FAMILIES[family].eps,
         **{name: values[name] for name in (*names, *weights)},
     )
     if values["method"] == "softcot" and settings.shaped:
