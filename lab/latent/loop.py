@@ -19,6 +19,7 @@ from lab.errors import DataError
 from lab.latent.draws import Draws, Keyed
 from lab.latent.edit import Editing
 from lab.latent.policy import Phase, Policy, Rows
+from lab.models.inference import inference
 
 FINISH = {0: "stop", 1: "length"}
 
@@ -113,7 +114,7 @@ class Rollout:
         return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths.tolist(), strict=True)]
 
 
-@torch.no_grad()
+@inference
 def rollout(
     decoder,
     policy: Policy,

@@ -14,9 +14,10 @@ from lab.latent.draws import Draws
 from lab.latent.loop import Budget, Prompt, Rollout, _Notes, continue_from, read_prompt
 from lab.latent.policy import Phase, Policy, Rows
 from lab.latent.unroll import Block
+from lab.models.inference import inference
 
 
-@torch.no_grad()
+@inference
 def rollout_tree(
     decoder, policy: Policy, prompt: Prompt, n: int, draws: Draws, *, budget: Budget, keep: tuple[str, ...] = ("thoughts",)
 ) -> Rollout:

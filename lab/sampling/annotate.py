@@ -13,11 +13,12 @@ from torch import Tensor
 from lab.latent.draws import Keyed
 from lab.latent.loop import Budget, Prompt, continue_from, read_prompt, rollout
 from lab.latent.policy import Given, Policy
+from lab.models.inference import inference
 
 Judge = Callable[[int, list[int]], bool]
 
 
-@torch.no_grad()
+@inference
 def annotate(
     decoder,
     policy: Policy,

@@ -14,6 +14,7 @@ from lab.errors import SettingsError
 from lab.latent.draws import Draws
 from lab.latent.loop import Budget, Prompt, Rollout, continue_from, read_prompt
 from lab.latent.policy import Phase, Rows
+from lab.models.inference import inference
 from lab.sampling.reward import LatentRM
 
 
@@ -45,7 +46,7 @@ class BeamResult:
     rollout: Rollout
 
 
-@torch.no_grad()
+@inference
 def beam_search(
     decoder, policy, scorer: LatentRM, prompt: Prompt, draws: Draws, settings: Beam, budget: Budget, dropout=None
 ) -> BeamResult:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lab.errors import CheckpointError, SettingsError
 from lab.latent.loop import Prompt, read_prompt
+from lab.models.inference import inference
 
 
 class LatentRM(nn.Module):
@@ -47,7 +48,7 @@ class LatentRM(nn.Module):
         kv = kv.select(torch.arange(len(pos), device=pos.device).repeat_interleave(n))
         return self._read(decoder, kv, (pos[:, -1] + 1).repeat_interleave(n), thoughts, counts)
 
-    @torch.no_grad()
+    @inference
     def rate(self, prompt: Prompt, thoughts: Tensor, counts: Tensor | None = None) -> Tensor:
         """The same logits without gradient, the prompt's keys kept once for all samples."""
         decoder, n = self.decoder, self._samples(prompt, thoughts)

@@ -18,6 +18,7 @@ from lab.methods.tah.config import AlwaysSettings, OracleSettings
 from lab.methods.tah.deciders import AlwaysDecider, Decider, NeverDecider, OracleDecider, Seen
 from lab.methods.tah.model import Batch, TahModel
 from lab.methods.tah.reference import Reference
+from lab.models.inference import inference
 from lab.models.tokenizers import stop_ids
 from lab.models.vocab import token_statistics
 from lab.trace import Trace
@@ -134,6 +135,7 @@ def _stage(model: TahModel, active: Tensor, total: Tensor, prob: Tensor, depth: 
     return record(row, pos, torch.full_like(row, depth), asked, model.decoder.logits(total[active]), candidates)
 
 
+@inference
 def decode(
     model: TahModel,
     prompts: Sequence[Sequence[int]],
