@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
@@ -186,34 +187,23 @@ def _answer_together(
     generator: Generator, pending: list[Request], decoding: Decoding, folder: Path, processes: int, progress: Progress
 ) -> None:
     """Leaves the outputs in one file for each of at most `processes` processes, which answer consecutive questions."""
-    from lab.launch import launch
+    from lab.launch import share
 
-    facts = files.read_json(folder / FACTS)
     by_question: dict[int, list[Request]] = {}
     for request in pending:
         by_question.setdefault(request.number, []).append(request)
-    groups, count = list(by_question.values()), min(processes, len(by_question))
-    edges = [len(groups) * i // count for i in range(count + 1)]
-    parts = [sum(groups[first:last], []) for first, last in zip(edges, edges[1:], strict=False)]
-    model = getattr(generator, "model", None)
-    on_gpu = getattr(getattr(model, "device", None), "type", "cpu") == "cuda"
-    given = {"generator": generator, "parts": parts, "decoding": decoding, "folder": str(folder), "benchmark": facts["benchmark"]}
-    launch(_answer_part, count, nodes=1, on_row=lambda row: progress.advance(), on_gpu=on_gpu, **given)
+    work = partial(_answer_part, generator, decoding, folder, files.read_json(folder / FACTS)["benchmark"])
+    share(work, list(by_question.values()), processes, progress.advance, getattr(generator, "model", None))
 
 
-def _answer_part(generator: Any, parts: list[list[Request]], decoding: Decoding, folder: str, benchmark: str, on_gpu: bool) -> None:
-    """One process's part, on its own device."""
-    import torch
+def _answer_part(generator: Any, decoding: Decoding, folder: Path, benchmark: str, part: list[list[Request]]) -> Iterator[Request]:
+    """What one process does."""
+    from lab.launch import rank
 
-    from lab.launch import rank, send_row
-
-    if on_gpu:
-        generator.model.to(torch.device("cuda", torch.cuda.current_device()))
-    path = Path(folder) / SHARD.format(rank())
-    for request, output in generator.generate(parts[rank()], decoding):
+    for request, output in generator.generate(sum(part, []), decoding):
         name, sample = _name(benchmark, request)
-        files.append_line(path, {"id": name, "sample": sample, **vars(output)})
-        send_row({"sample": sample})
+        files.append_line(folder / SHARD.format(rank()), {"id": name, "sample": sample, **vars(output)})
+        yield request
 
 
 def _chosen(examples: Sequence[Example], benchmark: str, data_range: tuple[int, int] | None, ids: list[str]) -> list[tuple[int, Example]]:

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,6 +101,32 @@ def launch(
 def send_row(row: dict[str, Any]) -> None:
     """Hands a (short) row from any process of a launch to its `on_row`."""
     _write(f"{_ROW}{json.dumps(files.plain(row))}\n")
+
+
+def share(work: Callable[[list[Any]], Iterable[Any]], items: Sequence[Any], processes: int, done: Callable[[], Any], *models: Any) -> None:
+    """Runs `work` on consecutive parts of `items` in at most `processes` processes of this machine; here if that is one.
+
+    Args:
+        work: gets its part and yields whenever something is finished and kept (in files), upon which `done()` is called here.
+        models: used by `work`; where they are on a GPU, each process moves its copies to a device of its own.
+    """
+    count = min(processes, len(items))
+    if count < 2:
+        for _ in work(list(items)):
+            done()
+        return
+    edges = [len(items) * i // count for i in range(count + 1)]
+    parts = [list(items[first:last]) for first, last in zip(edges, edges[1:], strict=False)]
+    moved = [model for model in models if getattr(getattr(model, "device", None), "type", "cpu") == "cuda"]
+    launch(_share, count, nodes=1, on_row=lambda row: done(), work=work, parts=parts, moved=moved)
+
+
+def _share(work: Callable[[list[Any]], Iterable[Any]], parts: list[list[Any]], moved: list[Any]) -> None:
+    """One process's part, on its own device."""
+    for model in moved:
+        model.to(torch.device("cuda", torch.cuda.current_device()))
+    for _ in work(parts[rank()]):
+        send_row({})
 
 
 def join(address: str, nodes: int, node_rank: int, processes: int = 1) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from lab.errors import SettingsError
 from lab.latent.loop import Budget, Prompt
+from lab.launch import share
 from lab.models.latent_model import LatentModel
 from lab.progress import Progress
 from lab.sampling.annotate import annotate
-from lab.sampling.pool import Pool, judge, layout_of, own
+from lab.sampling.pool import Pool, judge, layout_of, number_of, own
 from lab.sampling.records import Asked, read, write
 from lab.sampling.sampler import Sampler, thinker
 
@@ -44,30 +46,42 @@ class Labelling:
 
 
 def label(
-    model: LatentModel, pool: Pool, sampler: Sampler, how: Labelling, folder: Path | str, *, shard: tuple[int, int] = (0, 1)
+    model: LatentModel,
+    pool: Pool,
+    sampler: Sampler,
+    how: Labelling,
+    folder: Path | str,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    processes: int = 1,
 ) -> list[Asked]:
     """Labels the pool's questions into `folder`, one file for each of the pool's; files that are there are not made again.
 
-    The completions are drawn by `sampler`, with keys of their own. Returns what was kept by this and earlier calls.
+    The completions are drawn by `sampler`, with keys of their own. `shard` and `processes` are those of `pool.sample`; where there is
+    nothing to complete, one process does it. Returns what was kept by this and earlier calls.
     """
     folder = Path(folder)
     facts = {name: pool.facts.get(name) for name in ("model", "method", "n", "rule", "questions", "digest")}
     own(folder, {**facts, "sampler": sampler.model_dump(), "labelling": vars(how) | {"batch": 0}})
-    parts = sorted(pool.folder.glob("*.safetensors"), key=lambda path: int(path.name.split("_")[0]))[shard[0] :: shard[1]]
-    with Progress(f"{how.rollouts} rollouts a thought", len(parts)) as progress:
-        for path in parts:
-            if not (folder / path.name).exists():
-                _label_file(model, path, folder / path.name, sampler, how, pool)
-            progress.advance()
+    mine = [path for path in pool.folder.glob("*.safetensors") if number_of(path) % shard[1] == shard[0]]
+    left = sorted((path for path in mine if not (folder / path.name).exists()), key=number_of)
+    work = partial(_label_files, model, sampler, how, pool.facts.get("rule", "codi"), pool.latent, folder)
+    with Progress(f"{how.rollouts} rollouts a thought", len(mine)) as progress:
+        progress.start_at(len(mine) - len(left))
+        share(work, left, processes if how.rollouts > 1 else 1, progress.advance, model)
     return Pool(folder).asked
 
 
-def _label_file(model: LatentModel, path: Path, out: Path, sampler: Sampler, how: Labelling, pool: Pool) -> None:
-    asked = list(read(path, pool.latent))
-    kept = [question for question in asked if not how.drops(question)]
-    put_labels(model, kept, sampler, how, pool.facts.get("rule", "codi"))
-    numbers = {question.number for question in kept}
-    write(out, kept, layout_of(model), [question.number for question in asked if question.number not in numbers])
+def _label_files(
+    model: LatentModel, sampler: Sampler, how: Labelling, rule: str, latent: int | None, folder: Path, paths: list[Path]
+) -> Iterator[Path]:
+    for path in paths:
+        asked = list(read(path, latent))
+        kept = [question for question in asked if not how.drops(question)]
+        put_labels(model, kept, sampler, how, rule)
+        numbers = {question.number for question in kept}
+        gone = [question.number for question in asked if question.number not in numbers]
+        yield write(folder / path.name, kept, layout_of(model), gone)
 
 
 def put_labels(model: LatentModel, asked: Sequence[Asked], sampler: Sampler, how: Labelling, rule: str) -> None:

@@ -1,10 +1,13 @@
 """N samples of every question of a data set, recorded once: draws are keyed, so every smaller N is the first N of them.
 
-A kill loses at most one file of questions; several processes share a folder by `shard`. Nothing here depends on the batch.
+A kill loses at most one file of questions; several calls share a folder by `shard`, and several
+processes a call. Nothing here depends on the batch.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import torch
 from lab import files
 from lab.data.examples import Example
 from lab.errors import DataError, RunError, SettingsError
+from lab.launch import share
 from lab.models.latent_model import LatentModel
 from lab.progress import Progress
 from lab.sampling.records import Asked, Layout, read_folder, write
@@ -35,6 +39,7 @@ def sample(
     batch: int = 256,
     chunk: int = 32,
     shard: tuple[int, int] = (0, 1),
+    processes: int = 1,
     half: bool = False,
     **budget: Any,
 ) -> "Pool":
@@ -43,26 +48,37 @@ def sample(
     Args:
         rule: how answers are found and judged (see `lab.data.answers.RULES`); "" = the method's own.
         thoughts: of each sample, 0 = what the model was trained with. budget: `max_new_tokens` and other options of `generate`.
-        batch: samples at a time. chunk: questions a file. shard: (i, of): this process does every of-th file, from the i-th.
-        half: keep thoughts in half precision.
+        batch: samples at a time. chunk: questions a file. shard: (i, of): this call does every of-th file, from the i-th.
+        processes: share these files, each with a copy of the model and a device of its own. half: keep thoughts in half precision.
     Raises: SettingsError for impossible choices, RunError where `folder` holds other samples; both before any work.
     """
     folder, rule = Path(folder), rule or RULES.get(model.method, "codi")
     _check(n, examples, shard)
     options = {**sampler.options(model, thoughts), "batch": max(batch, n), "vectors": True, **budget}
     own(folder, _facts(model, examples, sampler, n, rule, thoughts, chunk, budget))
-    parts = list(enumerate(range(0, len(examples), chunk)))[shard[0] :: shard[1]]
-    layout = layout_of(model)
-    with Progress(f"{n} samples, {sampler.label}", len(parts)) as progress:
-        for number, start in parts:
-            path = folder / f"{number}_on{shard[0]}.safetensors"
-            if not list(folder.glob(f"{number}_on*.safetensors")):
-                found = model.generate(examples[start : start + chunk], n, first=start, **options)
-                write(path, questions_of(found, examples, rule, n), layout, half=half)
-            progress.advance()
+    numbers = range(shard[0], math.ceil(len(examples) / chunk), shard[1])
+    left = [folder / f"{number}_on{shard[0]}.safetensors" for number in numbers if not list(folder.glob(f"{number}_on*.safetensors"))]
+    with Progress(f"{n} samples, {sampler.label}", len(numbers)) as progress:
+        progress.start_at(len(numbers) - len(left))
+        share(partial(_fill, model, examples, n, options, chunk, rule, half), left, processes, progress.advance, model)
     pool = Pool(folder)
     pool.tell_capped()
     return pool
+
+
+def _fill(
+    model: LatentModel, examples: Sequence[Example], n: int, options: dict[str, Any], chunk: int, rule: str, half: bool, paths: list[Path]
+) -> Iterator[Path]:
+    layout = layout_of(model)
+    for path in paths:
+        first = number_of(path) * chunk
+        found = model.generate(examples[first : first + chunk], n, first=first, **options)
+        yield write(path, questions_of(found, examples, rule, n), layout, half=half)
+
+
+def number_of(path: Path) -> int:
+    """The place of a file among those of a data set."""
+    return int(path.name.split("_")[0])
 
 
 def _check(n: int, examples: Sequence[Example], shard: tuple[int, int]) -> None:

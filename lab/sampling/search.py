@@ -1,6 +1,7 @@
 """Beam search over a data set: every question once for each (beams, candidates), recorded so that a kill costs one batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from lab import files
 from lab.errors import SettingsError
 from lab.latent.draws import Keyed
 from lab.latent.loop import Budget, Prompt
+from lab.launch import rank, share
 from lab.methods.latenttts.model import RewardModel
 from lab.models.latent_model import LatentModel
 from lab.progress import Progress
@@ -33,12 +35,13 @@ def search(
     thoughts: int = 0,
     answer: int = 64,
     batch: int = 256,
+    processes: int = 1,
 ) -> list[dict[str, Any]]:
     """One line a question: number, answer, correct, text, and the tree (`nodes`); kept in `folder`/beams-<B>x<C>.jsonl.
 
     Args:
         asked: the questions, with prompt and gold answer; their samples are not used.
-        batch: candidates at a time.
+        batch: candidates at a time. processes: share the questions, each with copies of the models and a device of its own.
     Raises: SettingsError for a model that decides itself how many thoughts it makes; CheckpointError for a foreign reward model.
     """
     count = fixed_count(model, thoughts)
@@ -46,18 +49,38 @@ def search(
         raise SettingsError("Beam search compares thoughts of equal number; this model stops when it likes. Give thoughts=…, or vote.")
     reward.check_for(model)
     path = files.make_folder(Path(folder)) / f"beams-{beams}x{candidates}.jsonl"
-    done = {line["number"] for line in files.read_lines(path)}
-    left = sorted((question for question in asked if question.number not in done), key=lambda question: len(question.prompt))
-    size, settings = max(1, batch // (beams * candidates)), Beam(beams=beams, candidates=candidates, thoughts=count)
+    done = {line["number"] for line in _gathered(path)}
+    left = [question for question in asked if question.number not in done]
+    settings = Beam(beams=beams, candidates=candidates, thoughts=count)
     with Progress(f"beams {beams} x {candidates}", len(asked)) as progress:
         progress.start_at(len(asked) - len(left))
-        for start in range(0, len(left), size):
-            group = left[start : start + size]
-            found = _run(model, reward, group, sampler, settings, answer)
-            for place, question in enumerate(group):
-                files.append_line(path, _line(model, question, found, place, rule))
-                progress.advance()
-    return sorted(files.read_lines(path), key=lambda line: line["number"])
+        work = partial(_search, model, reward, sampler, settings, answer, batch, rule, path)
+        share(work, left, processes, progress.advance, model, reward)
+    return sorted(_gathered(path), key=lambda line: line["number"])
+
+
+def _search(
+    model, reward: RewardModel, sampler: Sampler, settings: Beam, answer: int, batch: int, rule: str, path: Path, part: list[Asked]
+) -> Iterator[int]:
+    """Writes the lines of one process into a file of its own, those of questions of similar length together."""
+    part, size = sorted(part, key=lambda question: len(question.prompt)), max(1, batch // (settings.beams * settings.candidates))
+    for start in range(0, len(part), size):
+        group = part[start : start + size]
+        found = _run(model, reward, group, sampler, settings, answer)
+        for place, question in enumerate(group):
+            files.append_line(path.with_suffix(f".part-{rank()}"), _line(model, question, found, place, rule))
+            yield question.number
+
+
+def _gathered(path: Path) -> list[dict[str, Any]]:
+    """The lines of a search, after what processes have left behind has joined them."""
+    done = {line["number"] for line in files.read_lines(path)}
+    for part in sorted(path.parent.glob(f"{path.stem}.part-*")):
+        for line in files.read_lines(part):
+            if line["number"] not in done:
+                files.append_line(path, line)
+        part.unlink()
+    return files.read_lines(path)
 
 
 def _run(model, reward: RewardModel, group: Sequence[Asked], sampler: Sampler, settings: Beam, answer: int) -> BeamResult:

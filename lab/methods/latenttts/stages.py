@@ -86,11 +86,13 @@ def annotated(
     folder: Path,
     name: str,
     shard: tuple[int, int] = (0, 1),
+    processes: int = 1,
     **budget: Any,
 ) -> dict[str, Any]:
     """Samples and labels one set into `folder`/<name>-samples and `folder`/<name>; what came of it."""
-    pool = sample(model, data, sampler, n, folder / f"{name}-samples", shard=shard, **budget)
-    kept = label(model, pool, sampler, how, folder / name, shard=shard)
+    sharing = {"shard": shard, "processes": processes}
+    pool = sample(model, data, sampler, n, folder / f"{name}-samples", **sharing, **budget)
+    kept = label(model, pool, sampler, how, folder / name, **sharing)
     gone = dropped_in(folder / name)
     return {
         "questions": len(pool.asked),
@@ -167,6 +169,7 @@ def beam_rows(
 
     Args:
         beams: how many are kept; each draws `budget` // beams candidates a step. budget: 0 searches nothing.
+        how: `answer`, `batch` and `processes` of `search`.
     """
     if reward is None or not budget:
         return []
