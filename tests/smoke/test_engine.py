@@ -210,3 +210,14 @@ def test_a_ragged_training_pass_equals_its_rows_alone_with_gradient(name):
         apart = apart + alone.after.pow(2).sum()
     apart.backward()
     torch.testing.assert_close(grad, model.get_input_embeddings().weight.grad, atol=1e-3, rtol=1e-3)
+
+
+def test_training_goes_on_with_what_a_rollout_made(model):
+    """Rollouts run in inference mode: neither the thoughts they return nor the tables they leave behind may be unfit for a graph."""
+    decoder = decoder_for(model)
+    done = rollout(decoder, Counted(decoder, STOPS, count=2), Prompt.of_ids(decoder, PROMPTS), 2, budget=Budget(answer=3))
+    assert not any(value.is_inference() for value in (done.thoughts, done.tokens, done.counts, done.capped))
+    weight = torch.ones_like(done.thoughts, requires_grad=True)
+    pos = torch.arange(2).expand(len(done.thoughts), 2)
+    decoder(done.thoughts * weight, pos, decoder.grow()).last.pow(2).sum().backward()
+    assert weight.grad.abs().sum() > 0
