@@ -277,6 +277,7 @@ def _arguments(s: RLSettings, folder: str, clip: float, weights: list[float]) ->
         learning_rate=s.lr,
         max_grad_norm=min(s.clip or math.inf, clip),
         beta=0.0,
+        use_bias_correction_kl=False,  # TRL's default has another gradient than the papers' (dtt.md 2.6, distill.md 2B.7)
         epsilon=s.epsilon,
         loss_type=s.loss_type,
         scale_rewards=s.scale_rewards,

@@ -1,5 +1,6 @@
 """Gated models: the update repeats the rollout, batches change nothing, LoRA with token rows, files round-trip, bad input is answered."""
 
+import copy
 import json
 
 import pytest
@@ -16,7 +17,7 @@ from lab.methods.dtt.config import BOT, EOT, GatedSettings, LoraSettings
 from lab.methods.dtt.data import collate, prepare
 from lab.methods.dtt.data import inside as spans
 from lab.methods.dtt.model import SparseGatedModel
-from lab.methods.dtt.objective import gate_error, read
+from lab.methods.dtt.objective import gate_error, hrpo_loss, read
 from lab.methods.dtt.policy import Marker
 from lab.methods.dtt.reinforce import GatedThinking, GateLearning, progress_table
 from lab.methods.dtt.reward import RewardSettings, rewards_of
@@ -42,12 +43,16 @@ def keys(q, n, seed=0):
     return Keyed.of(seed, torch.arange(q).repeat_interleave(n), torch.arange(n).repeat(q))
 
 
+def completions(prompts, acts):
+    given, said = left([p for p in prompts for _ in range(len(acts.ids) // len(prompts))]), right(acts.ids)
+    masks = [torch.ones_like(side.ids) if side.valid is None else side.valid.long() for side in (given, said)]
+    return Completions(given.ids, masks[0], said.ids, masks[1], acts.record)
+
+
 def acted(model, samples=4, longest=10, temperature=1.0, **how):
     thinking = GatedThinking(model, GateLearning(**how))
     acts = thinking.act(PROMPTS, samples, keys(len(PROMPTS), samples), temperature=temperature, longest=longest)
-    given, said = left([p for p in PROMPTS for _ in range(samples)]), right(acts.ids)
-    masks = [torch.ones_like(side.ids) if side.valid is None else side.valid.long() for side in (given, said)]
-    batch = Completions(given.ids, masks[0], said.ids, masks[1], acts.record)
+    batch = completions(PROMPTS, acts)
     told = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in acts.logprobs], batch_first=True)
     return thinking, acts, batch, told
 
@@ -331,6 +336,23 @@ def test_hrpo_trains_with_the_same_trainer(tmp_path):
     result, _ = trained(tmp_path, made("qwen3", gate="hrpo", r_min=0.2, r_max=0.6), settings)
     assert result.row["logp_gap"] <= 1e-4 and "rewards/gate_sparsity/mean" not in result.row
     assert 0 < result.row["gate/mean"] < 1
+
+
+def test_hrpo_updates_by_the_published_loss(tmp_path, monkeypatch):
+    """All rewards are 0, so the divergence from the ungated reference is all there is: its value and its gradient."""
+    model, seen, act = made("qwen3", gate="hrpo", r_min=0.2, r_max=0.6), [], GatedThinking.act
+    monkeypatch.setattr(GatedThinking, "act", lambda self, *a, **o: seen.append((a[0], act(self, *a, **o))) or seen[-1][1])
+    twin = copy.deepcopy(model)
+    result, _ = trained(tmp_path, model, SETTINGS.but(steps=1, beta=0.5, clip=0.0))
+    batch, thinking = completions(*seen[0]), GatedThinking(twin, GateLearning())
+    thinking.hold_reference()
+    with thinking.reference(), torch.no_grad():
+        ref, _ = thinking.log_probs(batch, 1.0)
+    loss, kl = hrpo_loss(thinking.log_probs(batch, 1.0)[0], ref, torch.zeros(len(batch.ids)), batch.mask, 0.5)
+    loss.backward()
+    assert result.loss == pytest.approx(float(loss.detach()), rel=1e-5) and float(kl.detach()) > 1e-3
+    norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+    assert result.row["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
 def test_completions_of_one_token_have_no_gate_and_no_span(tmp_path, caplog):
