@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lab.models.cache import GrowKV, Shape, SlotKV, Span
-from lab.models.inference import outside_inference
 from lab.models.lora import LINEARS, GatedLora
 
 Gate = Tensor | None
@@ -149,9 +148,9 @@ class Rope:
             self._fill(pos.device, 1 << int(pos.max()).bit_length())
         return self.cos[pos].unsqueeze(1), self.sin[pos].unsqueeze(1)
 
-    @outside_inference
     def _fill(self, device: torch.device, length: int) -> None:
-        cos, sin = self.module(torch.empty(1, device=device), torch.arange(length, device=device)[None])
+        with torch.no_grad():
+            cos, sin = self.module(torch.empty(1, device=device), torch.arange(length, device=device)[None])
         self.cos, self.sin = cos[0], sin[0]
 
 

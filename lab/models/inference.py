@@ -15,7 +15,7 @@ def inference(work: Callable[P, T]) -> Callable[P, T]:
     """`work` in torch's inference mode, which is cheaper than `no_grad` (a sixth of a sampling run of a small model).
 
     Tensors made in inference mode can never be part of a graph: those that `work` returns are therefore copied once, at the outermost
-    call. What it keeps for later calls must be made inside `outside_inference`.
+    call. What it keeps for later calls (Rope's tables) may only be indexed there, which copies too.
     """
 
     @wraps(work)
@@ -25,17 +25,6 @@ def inference(work: Callable[P, T]) -> Callable[P, T]:
         with torch.inference_mode():
             made = work(*arguments, **options)
         return _ordinary(made)
-
-    return run
-
-
-def outside_inference(work: Callable[P, T]) -> Callable[P, T]:
-    """`work` without gradients, its tensors ordinary ones wherever it is called."""
-
-    @wraps(work)
-    def run(*arguments: P.args, **options: P.kwargs) -> T:
-        with torch.inference_mode(False), torch.no_grad():
-            return work(*arguments, **options)
 
     return run
 
