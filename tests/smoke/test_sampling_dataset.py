@@ -131,6 +131,13 @@ def test_shards_and_a_killed_annotation_give_the_same_labels(model, pool, tmp_pa
         label(model, pool, NOISE, Labelling(**{**vars(HOW), "rollouts": 2}), tmp_path / "parts")
 
 
+def test_a_piece_is_the_same_whatever_the_others_have_sampled_already(model, pool, tmp_path):
+    for path in (pool.folder / "sampling.json", *pool.folder.glob("[02]_on*")):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    plain = Labelling(0, drop_all_right=False, drop_all_wrong=False)
+    assert [q.number for q in label(model, Pool(tmp_path), NOISE, plain, tmp_path / "labels", shard=(0, 2))] == [0, 1, 2, 3, 8, 9]
+
+
 def test_questions_that_teach_nothing_leave_a_mark(model, pool, tmp_path):
     kept = label(model, pool, NOISE, Labelling(rollouts=2, answer=3), tmp_path)
     assert {q.number for q in kept} == {q.number for q in pool.asked if q.mixed}

@@ -85,14 +85,12 @@ def annotated(
     how: Labelling,
     folder: Path,
     name: str,
-    shard: tuple[int, int] = (0, 1),
     processes: int = 1,
     **budget: Any,
 ) -> dict[str, Any]:
     """Samples and labels one set into `folder`/<name>-samples and `folder`/<name>; what came of it."""
-    sharing = {"shard": shard, "processes": processes}
-    pool = sample(model, data, sampler, n, folder / f"{name}-samples", **sharing, **budget)
-    kept = label(model, pool, sampler, how, folder / name, **sharing)
+    pool = sample(model, data, sampler, n, folder / f"{name}-samples", processes=processes, **budget)
+    kept = label(model, pool, sampler, how, folder / name, processes=processes)
     gone = dropped_in(folder / name)
     return {
         "questions": len(pool.asked),
