@@ -143,6 +143,27 @@ def test_step_two_moves_the_decider_alone(backbone, examples, tmp_path, cached):
     assert moved and all(name.startswith("parts.decider") for name in moved) and "parts.decider.threshold" not in moved
 
 
+def test_step_two_under_the_official_scaling_divides_by_labelled_tokens(backbone, examples, tmp_path):
+    settings = TrainSettings(steps=1, global_batch=8, micro_batch=2, order="as_given", lr=1e-2, save_every=0, log_every=1)
+    model, rows = with_mlp(deep(backbone), loss_scaling="official", pos_weight=3.0, **MLP), []
+    parts = [
+        model(**collate(examples[i : i + 2])).loss.detach() * 2 * max(map(len, (e["labels"] for e in examples[i : i + 2])))
+        for i in (0, 2, 4, 6)
+    ]
+    labelled = sum(label != -100 for example in examples for label in example["labels"])
+    train_step2(model, examples, settings, tmp_path, lambda **row: rows.append(row), cached=False)
+    assert rows[0]["loss"] == pytest.approx(float(sum(parts)) / labelled, rel=1e-5)
+    with pytest.raises(SettingsError, match="cached: false"):
+        train_step2(model, examples, settings, tmp_path / "none", cached=True)
+
+
+def test_the_last_pass_may_take_part_in_the_deciders_loss(backbone, examples):
+    batch, loss = collate(examples), {"pos_weight": 3.0, "skip_last_iter": False}
+    model = with_mlp(deep(backbone), **MLP).reconfigure(train_loss_kwargs=loss).train()
+    quick, whole = (model(**batch, return_logits=logits).loss for logits in (False, True))
+    torch.testing.assert_close(quick, whole)
+
+
 def test_step_one_resumes_to_the_same_weights(examples, tmp_path):
     settings = TrainSettings(steps=4, global_batch=4, lr=1e-3, save_every=2)
 

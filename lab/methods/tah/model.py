@@ -201,9 +201,8 @@ class TahModel(LatentModel):
             reference_tokens = decider.reference.tokens(input_ids, attention_mask)
         batch = Batch.of(input_ids, attention_mask, labels, iter_count_labels, reference_tokens)
         name, loss_settings = self.tah.loss(self.training)
-        done = self.run(
-            batch, decider, only_decisions=name == "IterDeciderLoss" and not return_logits, keep_stages=name == "ConsistencyLoss"
-        )
+        only_decisions = name == "IterDeciderLoss" and loss_settings.skip_last_iter and not return_logits
+        done = self.run(batch, decider, only_decisions, keep_stages=name == "ConsistencyLoss")
         hidden = batch.back(done.total)
         return TahOutput(
             loss=None if labels is None else self._loss(name, loss_settings, batch, done, num_items_in_batch),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lab.errors import DataError, unknown
+from lab.errors import DataError, SettingsError, unknown
 from lab.methods.tah.config import DeciderLossSettings, TahConfig
 from lab.methods.tah.data import IGNORE, Row, collate
 from lab.methods.tah.features import Features, collect, probabilities, threshold_for_rate, train_decider
@@ -100,22 +100,28 @@ def train_step2(
 ) -> tuple[TrainResult, Features | None]:
     """Trains the decider alone. With `cached` features (two passes) a batch is `settings.global_batch` tokens, else so many sequences.
 
-    The loss is the mean over all decisions of a global batch (spec 7.3), unless the settings ask for the official scaling.
+    The loss is the mean over all decisions of a global batch (spec 7.3). Under the official scaling it is the sum of the micro-batches'
+    means, divided by the labelled tokens of the global batch; cached features know neither, so that is a SettingsError.
     """
+    loss: DeciderLossSettings = model.tah.loss()[1]
+    official = loss.loss_scaling == "official"
+    if cached and official:
+        raise SettingsError(
+            "The official scaling is over sequences, which cached features are not: set cached: false or loss_scaling: mean."
+        )
     freeze(model, ["simple_base_model"])
     if cached:
         features = collect(model.eval(), model.decider, examples, max_tokens=max_tokens)
-        loss: DeciderLossSettings = model.tah.loss()[1]
         return train_decider(model.decider, features, loss, settings, folder, step_logger), features
-    lengths = [len(example["input_ids"]) for example in examples]
+
+    def count(batch: dict[str, torch.Tensor]) -> int:
+        return int((batch["labels" if official else "iter_count_labels"] != IGNORE).sum())
 
     def loss_of(model: TahModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
         device = model.table.device
-        return model(**{name: value.to(device) for name, value in batch.items()}).loss, {}
+        return model(**{name: value.to(device) for name, value in batch.items()}, num_items_in_batch=count(batch)).loss, {}
 
-    def count(batch: dict[str, torch.Tensor]) -> int:
-        return int((batch["iter_count_labels"] != IGNORE).sum())
-
+    lengths = None if official else [len(example["input_ids"]) for example in examples]
     return fit(model, examples, collate, loss_of, settings, folder, step_logger, count=count, lengths=lengths, label="decider"), None
 
 
