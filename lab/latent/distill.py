@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lab.errors import unknown
 from lab.latent.plan import Pair, Plan
-from lab.latent.unroll import Block, Unrolled, unroll
+from lab.latent.unroll import Block, Closing, Unrolled, unroll
 from lab.launch import world_size
 from lab.models.cache import GrowKV
 from lab.models.vocab import linear_cross_entropy
@@ -35,11 +35,13 @@ class Passes:
     question: Tensor
 
 
-def run_pair(decoder, batch: Pair, feedback: Callable[[Tensor, int], Tensor], taps: tuple[int, ...] = ()) -> Passes:
+def run_pair(
+    decoder, batch: Pair, feedback: Callable[[Tensor, int], Tensor], taps: tuple[int, ...] = (), closing: Closing | None = None
+) -> Passes:
     """Question once, then the teacher's written continuation and the student's thoughts, all with gradient.
 
     Args:
-        feedback: as in `unroll`. taps: layers whose states after the question are kept.
+        feedback, closing: as in `unroll`. taps: layers whose states after the question are kept.
     """
     states, kv, start = read_question(decoder, batch)
     branch = kv.fork()
@@ -52,6 +54,7 @@ def run_pair(decoder, batch: Pair, feedback: Callable[[Tensor, int], Tensor], ta
         feedback,
         kv=branch,
         taps=taps,
+        closing=closing,
     )
     return Passes(teacher, student, states[:, -1])
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lab.latent.draws import Draws
 from lab.latent.loop import Budget, Prompt, Rollout, _Notes, continue_from, read_prompt
 from lab.latent.policy import Phase, Policy, Rows
-from lab.latent.unroll import Block
+from lab.latent.unroll import Block, Closing, closed
 from lab.models.inference import inference
 
 
@@ -80,13 +80,19 @@ def _chosen(made: list[Tensor], group: Tensor, counts: Tensor) -> Tensor:
 
 
 def unroll_tree(
-    decoder, prompt: Block, group: Tensor, counts: Tensor, after: Block, feedback: Callable[[Tensor, int], Tensor]
+    decoder,
+    prompt: Block,
+    group: Tensor,
+    counts: Tensor,
+    after: Block,
+    feedback: Callable[[Tensor, int], Tensor],
+    closing: Closing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """With gradient: the states (R, T + 1, D) rows decided at (the prompt's last, then each thought's), and those of `after` (R, A, D).
 
     Args:
         prompt: Q prompts, padded on the left. group: (R,) the prompt of each row. counts: (R,) its thoughts.
-        after: what each row read after its thoughts, padded on the right.
+        after: what each row read after its thoughts, padded on the right. closing: as in `unroll`.
     """
     kv, pos = decoder.grow(), (prompt.mask().cumsum(1) - 1).clamp(min=0)
     h = decoder(prompt.x, pos, kv, valid=prompt.valid).last[:, -1]
@@ -98,4 +104,5 @@ def unroll_tree(
     if most:
         kv.hide(first, torch.arange(most, device=counts.device) >= counts[:, None])
     place = start[group] + counts[:, None] + (after.mask().cumsum(1) - 1).clamp(min=0)
-    return torch.stack(states, 1)[group], decoder(after.x, place, kv, valid=after.valid).last
+    decided = torch.stack(states, 1)[group]
+    return decided, decoder(closed(after, decided, counts, closing), place, kv, valid=after.valid).last

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Closing = Callable[[Tensor], Tensor]  # the state (R, D) a row stopped at -> what it reads next (R, D)
+
 
 @dataclass
 class Block:
@@ -58,7 +60,15 @@ class Unrolled:
 
 
 def unroll(
-    decoder, prompt: Block, counts: Tensor, after: Block, feedback: Callable[[Tensor, int], Tensor], *, kv=None, taps: tuple[int, ...] = ()
+    decoder,
+    prompt: Block,
+    counts: Tensor,
+    after: Block,
+    feedback: Callable[[Tensor, int], Tensor],
+    *,
+    kv=None,
+    taps: tuple[int, ...] = (),
+    closing: Closing | None = None,
 ) -> Unrolled:
     """Runs prompt, thoughts and the rest with gradient.
 
@@ -69,6 +79,7 @@ def unroll(
         feedback: (state (R, D), number of the thought) -> its input (R, D).
         kv: a growing cache to continue from (its rows' positions go on); None = a new one.
         taps: layers whose hidden states to return (see `Decoder`).
+        closing: makes the input of the first column after the thoughts; it costs one call more.
     """
     kv = decoder.grow() if kv is None else kv
     counts = counts.to(prompt.x.device)
@@ -80,14 +91,23 @@ def unroll(
     for step in range(most):
         x, valid = feedback(h, step)[:, None], (step < counts)[:, None]
         inputs.append(x)
-        column, end = start[:, None] + step, step == most - 1
+        column, end = start[:, None] + step, step == most - 1 and closing is None
         if end:
             x, column, valid = _join(x, column, valid, after, start + counts)
         outs.append(decoder(x, column, kv, valid=None if bool(valid.all()) else valid, taps=taps))
         h = outs[-1].last[:, 0]
-    if most == 0:
-        outs.append(decoder(after.x, start[:, None] + _offsets(after), kv, valid=after.valid, taps=taps))
+    if most == 0 or closing:
+        x = closed(after, torch.stack([out.last[:, -1] for out in outs], 1), counts, closing)
+        outs.append(decoder(x, (start + counts)[:, None] + _offsets(after), kv, valid=after.valid, taps=taps))
     return _assemble(outs, inputs, counts, most, taps, kv)
+
+
+def closed(after: Block, states: Tensor, counts: Tensor, closing: Closing | None) -> Tensor:
+    """Inputs (R, A, D) of `after`, its first column made by `closing` of the state (of R, T + 1, D) at each row's count."""
+    if closing is None:
+        return after.x
+    last = states[torch.arange(len(states), device=states.device), counts]
+    return torch.cat((closing(last)[:, None], after.x[:, 1:]), 1)
 
 
 def _offsets(block: Block) -> Tensor:

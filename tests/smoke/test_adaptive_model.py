@@ -47,6 +47,32 @@ def test_every_filter_trains_and_generates(filter):
     assert {row.thoughts for row in found.rows} == {3}
 
 
+@pytest.mark.parametrize(("filter", "ending"), [("MLP", False), ("MLP", True), ("SRE", True)])
+def test_training_reads_what_ids_say(filter, ending):
+    """The student's loss against one call for each thinking column over whole rows of ids."""
+    model, distil = fresh(filter=filter, add_latent_to_end=ending), Distil(**CODI)
+    s, total, count = model.config, 0.0, 0
+    rows = prepare(toy.examples(4, 1), Writer(model.tokenizer, s, distil)).rows
+    for teacher, student in rows:
+        said = [s.start, *[s.go_on] * student.thoughts, s.stop, *student.after[1:]]
+        logits = logits_of(model, torch.tensor([[*teacher.prompt, *said]]))[0, len(teacher.prompt) - 1 : -1]
+        total, count = total + torch.nn.functional.cross_entropy(logits, torch.tensor(said), reduction="sum"), count + len(said)
+    _, parts = SFT(distil)(model, batch_of(rows))
+    torch.testing.assert_close(parts["student_ce"].detach(), total / count, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("modules", [False, True])
+def test_the_soft_reembedding_weighs_every_id_the_vocabulary_head_may_say(modules):
+    model = fresh(filter="SRE")
+    if modules:
+        model.add_lora(2, 4, 0.0, ["q_proj"])
+    h, s = torch.randn(3, model.backbone.config.hidden_size), model.config
+    table = model.backbone.get_input_embeddings().weight.detach().clone()
+    table[s.start] = model.thinker.vector("start", "in")
+    logits = (h @ table.T).index_fill(-1, torch.tensor([s.end, s.go_on, s.stop, *s.unused]), -torch.inf)
+    torch.testing.assert_close(model.thinker.feedback(h).detach(), logits.softmax(-1) @ table, atol=1e-5, rtol=1e-5)
+
+
 def test_the_ecf_filter_starts_from_the_embeddings():
     model = fresh(filter="linear_ECF")
     rows = model.backbone.get_input_embeddings().weight[: len(model.tokenizer)]

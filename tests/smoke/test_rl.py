@@ -54,9 +54,11 @@ def test_a_shared_chain_gives_what_separate_rows_give(model):
         torch.testing.assert_close(apart.notes[name], shared.notes[name], atol=1e-4, rtol=1e-4, equal_nan=True)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-@pytest.mark.parametrize("share", [True, False])
-def test_the_update_repeats_the_rollout(model, share, temperature):
+@pytest.mark.parametrize(
+    ("share", "temperature", "ending"), [(True, 1.0, False), (True, 0.5, False), (False, 1.0, False), (True, 1.0, True)]
+)
+def test_the_update_repeats_the_rollout(model, share, temperature, ending):
+    model.but(add_latent_to_end=ending)
     prompts, thinking = prompts_of(model), AdaptiveThinking(model, most=4, share=share)
     acts = thinking.act(prompts, 4, keys(5, 4), temperature=temperature, longest=12)
     batch = batch_of(model, prompts, acts, 4)

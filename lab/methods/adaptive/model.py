@@ -6,7 +6,7 @@ Axes: R rows, t columns, D width, V vocabulary.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -126,11 +126,16 @@ class Thinker:
         if self.s.filter == "none":
             return h
         if self.s.filter == "SRE":
-            logits = self.logits(h).float()
-            unused = torch.tensor([*self.s.unused, self.s.start], device=h.device)
-            return torch.softmax(logits.index_fill(-1, unused, -torch.inf), -1).to(h.dtype) @ self.table.weight
+            unused = torch.tensor(self.s.unused, dtype=torch.long, device=h.device)
+            p = torch.softmax(self.logits(h).float().index_fill(-1, unused, -torch.inf), -1).to(h.dtype)
+            return p @ self.table.weight + p[..., self.s.start, None] * (self.vector("start", "in") - self.table.weight[self.s.start])
         module = self.parts.recurrent_filter
         return module(h.to(next(module.parameters()).dtype)).to(h.dtype)
+
+    @property
+    def closes(self) -> Callable[[Tensor], Tensor] | None:
+        """`closing` where what STOP reads depends on the thoughts; None where it is END alone."""
+        return self.closing if self.s.add_latent_to_end else None
 
     def closing(self, h: Tensor) -> Tensor:
         """What STOP reads (…, D): END, plus (`add_latent_to_end`) one more thought."""

@@ -48,7 +48,7 @@ class SFT:
             loss = masked_cross_entropy(thinker, *batch.predictions(run))
             return loss, {"teacher_ce": loss}
         layers = self.distil.layers(thinker.layers)
-        passes = run_pair(thinker, batch, _filtered(thinker), taps=layers)
+        passes = run_pair(thinker, batch, _filtered(thinker), taps=layers, closing=thinker.closes)
         parts = {
             "teacher_ce": masked_cross_entropy(thinker, *batch.teacher.predictions(passes.teacher)),
             "student_ce": student_cross_entropy(thinker, batch.student, passes.student, passes.question, self.distil),

@@ -220,7 +220,7 @@ class AdaptiveThinking(WithReference):
         ids, mask = prompts.chunk(2, 1)
         after = self._after(batch, thoughts.tolist()).to(ids.device)
         prompt = Block(thinker.embed(ids), None if bool(mask.all()) else mask.bool())
-        decided, read = unroll_tree(thinker, prompt, group, thoughts, after.block(thinker), thinker.feedback)
+        decided, read = unroll_tree(thinker, prompt, group, thoughts, after.block(thinker), thinker.feedback, thinker.closes)
         return self._assemble(batch, thoughts, decided, read, temperature)
 
     def _after(self, batch: Completions, thoughts: list[int]) -> Any:
