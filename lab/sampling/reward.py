@@ -56,6 +56,19 @@ class LatentRM(nn.Module):
         kv = kv.fan_out(n, thoughts.shape[1], n * prompt.x.numel() >= 300_000)
         return self._read(decoder, kv, pos.repeat_interleave(n), thoughts, counts)
 
+    @inference
+    def rate_padded(self, prompt: Prompt, thoughts: Tensor, tails: Tensor) -> Tensor:
+        """The logits (Q·N, T) as the released scorer has them: all rows padded together on the left, pads counted as positions.
+
+        Args:
+            tails: (Q·N,) how many tokens follow each row's thoughts (end and answer), which decide its pads.
+        """
+        decoder, kv, rows = self.decoder, self.decoder.grow(), self.own(prompt).repeat(self._samples(prompt, thoughts))
+        length = rows.pos[:, -1] + tails
+        pos = rows.pos + (length.max() - length)[:, None]
+        decoder(rows.x, pos, kv, valid=rows.valid)
+        return self._read(decoder, kv, pos[:, -1] + 1, thoughts, None)
+
     def own(self, prompt: Prompt) -> Prompt:
         """The prompt in this model's own embeddings; raises SettingsError where it was not made of token ids."""
         if prompt.ids is None:

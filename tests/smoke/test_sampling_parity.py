@@ -16,10 +16,13 @@ from lab.latent.policy import Counted
 from lab.latent.sampling import Sampling
 from lab.methods.codi.model import Projection
 from lab.methods.codi.policy import Projected
+from lab.methods.latenttts.config import RewardSettings
+from lab.methods.latenttts.model import RewardModel, RewardParts
 from lab.models.decoder import decoder_for
 from lab.models.layouts import load
 from lab.sampling.annotate import annotate
 from lab.sampling.beam import Beam, beam_search
+from lab.sampling.records import Asked
 from lab.sampling.reward import LatentRM, step_loss, total
 from lab.sampling.stochastic import Dropout, DropoutRegime, Noise, Noisy, dropout
 
@@ -150,6 +153,25 @@ def test_reward_scores_are_those_of_right_padded_rows(reward):
     torch.testing.assert_close(reward(prompt, data["latent_embeds"]), logits, atol=5e-5, rtol=0)
 
 
+def test_reward_scores_of_left_padded_rows_are_the_released_ones(reward):
+    data, ids = reward_inputs()
+    ends = [[token for token in row[row.index(LATENT) + 6 :] if token != EOS] for row in data["right_input_ids"].tolist()]
+    found = reward.rate_padded(Prompt.of_ids(decoder_for(reward.model), ids), data["latent_embeds"], torch.tensor(list(map(len, ends))))
+    want = data["logits_left_no_position_ids"][..., 0][data["left_input_ids"] == LATENT].view(8, 6)
+    torch.testing.assert_close(found, want, atol=5e-5, rtol=0)
+
+    model = RewardModel(reward.model, None, RewardSettings(), RewardParts(reward.model.config, RewardSettings()))
+    model.parts.classifier.load_state_dict(reward.classifier.state_dict())
+    groups = [slice(0, 4), slice(4, 8)]
+    asked = [
+        Asked(i, ids[i], data["latent_embeds"][rows], torch.full((4,), 6), torch.zeros(4), ids=[end[1:] for end in ends[rows]])
+        for i, rows in enumerate(groups)
+    ]
+    official, ours = model.score(asked, official_padding=True), model.score(asked)
+    torch.testing.assert_close(torch.cat(official).sum(-1), data["scores_left_no_position_ids"], atol=2e-4, rtol=0)
+    torch.testing.assert_close(torch.cat(ours).sum(-1), data["scores_right"], atol=2e-4, rtol=0)
+
+
 def test_reward_losses_and_gradient_norms(reward):
     data, ids = reward_inputs()
     logits = reward(Prompt.of_ids(decoder_for(reward.model), ids), data["latent_embeds"]).view(2, 4, 6)
@@ -276,12 +298,40 @@ def test_codi_generation_is_that_of_whole_forwards_with_its_projection(sigma):
         assert done.answers()[row] == said
 
 
-@pytest.mark.parametrize("least", [0, 1])
-@torch.no_grad()
-def test_colar_generation_is_that_of_whole_forwards_with_its_head(least, tmp_path):
+@pytest.fixture
+def released_colar(tmp_path):
     shutil.copy(FOLDER / "colar_config.json", tmp_path / "config.json")
     shutil.copy(FOLDER / "colar_state.safetensors", tmp_path / "model.safetensors")
-    model = load(tmp_path, sep_id=40, eos_id=EOS)
+    return load(tmp_path, sep_id=40, eos_id=EOS)
+
+
+@pytest.mark.parametrize("most", [10, 3, 1])
+@torch.no_grad()
+def test_colar_may_think_on_at_its_budget_as_released(released_colar, most):
+    model, random = released_colar.double(), torch.Generator().manual_seed(3)  # thoughts of this model are chaotic: words need float64
+    asked = [torch.randint(0, 40, (length,), generator=random).tolist() for length in (3, 7, 4, 8, 5, 6, 3, 4)]
+    how = {"latent_temperature": 0.0, "end_temperature": 0.0, "sampling": Sampling(), "thoughts": most, "max_new_tokens": 30}
+    found = model.generate(asked, min_thoughts=0, force_end=False, **how)
+    table, head, seen = model.backbone.get_input_embeddings().weight, model.parts.head, set()
+    for row, prompt in zip(found.rows, asked, strict=True):
+        x, line = table[torch.tensor([[*prompt, 40]])], []
+        while len(line) < 30 and EOS not in line:
+            out = model.backbone(inputs_embeds=x, output_hidden_states=True)
+            token = int(out.logits[0, -1].argmax())
+            thinks = token != 40 and 40 not in line and line[-most:] != [LATENT] * most
+            line.append(LATENT if thinks else token)
+            fed = head(out.hidden_states[-1][0, -1])[0] * model.config.embeds_std if thinks else table[token]
+            x = torch.cat((x, fed[None, None]), 1)
+        words, ended = [token for token in line if token not in (LATENT, EOS)], EOS in line
+        assert row.ids[: len(words)] == words and (not ended or (row.ids == words and row.thoughts == line.count(LATENT)))
+        seen.add((ended, LATENT in line[most:], 40 in line))
+    assert any(again for _, again, _ in seen) and (True, True, True) in seen
+
+
+@pytest.mark.parametrize("least", [0, 1])
+@torch.no_grad()
+def test_colar_generation_is_that_of_whole_forwards_with_its_head(least, released_colar):
+    model = released_colar
     asked = prompts(load_file(FOLDER / "coconut_generation.safetensors"))
     how = {"latent_temperature": 0.0, "end_temperature": 0.0, "sampling": Sampling(), "thoughts": 5, "max_new_tokens": 12}
     found = model.generate(asked, min_thoughts=least, vectors=True, **how)

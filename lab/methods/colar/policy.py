@@ -49,6 +49,26 @@ class ColarPolicy(Policy):
         return self.model.thought(rows.h, eps, self.latent_temperature)
 
 
+class Unforced(ColarPolicy):
+    """As LatentTTS's released loop at its budget: after `most` thoughts in a row one word is said and thinking goes on, until the
+    separator is said (`latenttts.md` 7.9). The separator is then one of the words.
+    """
+
+    def __init__(self, most: int, *args: Any):
+        super().__init__(*args)
+        self.most, self.closing = most, ()
+
+    def begin(self, rows: Rows) -> None:
+        self.since, self.ended = torch.zeros_like(rows.thoughts), torch.zeros_like(rows.thoughts, dtype=torch.bool)
+
+    def halt(self, rows: Rows) -> Tensor:
+        return super().halt(rows) | (rows.thoughts - self.since[rows.index] >= self.most)
+
+    def resumes(self, token: Tensor, rows: Rows) -> Tensor:
+        self.since[rows.index], self.ended[rows.index] = rows.thoughts, self.ended[rows.index] | (token == self.sep)
+        return ~self.ended[rows.index]
+
+
 def generate(
     model: ColarModel,
     questions: Sequence[Any],
@@ -60,6 +80,7 @@ def generate(
     latent_temperature: float = 1.0,
     end_temperature: float = 1.0,
     min_thoughts: int = 1,
+    force_end: bool = True,
     max_new_tokens: int = 16,
     **ask: Any,
 ) -> Responses:
@@ -69,10 +90,12 @@ def generate(
         speed: the compression factor written into the prompt, or "auto".
         thoughts: the budget (64 on GSM8K, 128 on MATH).
         sampling: of the answer; the published default samples also at test time, `Sampling()` is greedy.
+        force_end: close the thoughts at the budget; False says one word there and thinks on, as LatentTTS's released code does.
     """
     if latent_temperature < 0 or end_temperature < 0:
         raise SettingsError("Temperatures are 0 (take the mean, the most likely) or positive.")
     ids = [[*model.prompt(question, speed), model.config.sep_id] for question in questions]
-    policy = ColarPolicy(model, sampling, latent_temperature, end_temperature, min_thoughts)
-    budget = Budget(thoughts=thoughts, answer=max_new_tokens)
+    how = (model, sampling, latent_temperature, end_temperature, min_thoughts)
+    policy = ColarPolicy(*how) if force_end else Unforced(thoughts, *how)
+    budget = Budget(thoughts=thoughts if force_end else thoughts * max_new_tokens, answer=max_new_tokens)
     return respond(model, ids, lambda group: policy, Ask(samples=samples, budget=budget, **ask))

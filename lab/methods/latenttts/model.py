@@ -82,14 +82,31 @@ class RewardModel(LatentModel):
             )
 
     @torch.no_grad()
-    def score(self, asked: Sequence[Asked], batch: int = 1024) -> list[Tensor]:
-        """(N, T) step scores of every question, NaN after a sample's last thought; prompts are read once."""
-        return [self._score(question, batch) for question in asked]
+    def score(self, asked: Sequence[Asked], batch: int = 1024, official_padding: bool = False) -> list[Tensor]:
+        """(N, T) step scores of every question, NaN after a sample's last thought; prompts are read once.
+
+        Args:
+            batch: samples at a time. official_padding: as the released scorer, whose scores depend on the padding and so on `batch`
+                (`latenttts.md` 7.2); for equally many samples of equally many thoughts.
+        """
+        if not official_padding:
+            return [self._score(question, batch) for question in asked]
+        size = max(1, batch // max(len(question.counts) for question in asked))
+        return [scores for i in range(0, len(asked), size) for scores in self._padded(asked[i : i + size])]
 
     def _score(self, question: Asked, batch: int) -> Tensor:
         thoughts, counts = question.thoughts.to(self.device, self.backbone.dtype), question.counts.to(self.device)
         prompt = Prompt.of_ids(self.scorer.decoder, [question.prompt])
         rows = [self.scorer.rate(prompt, thoughts[i : i + batch], counts[i : i + batch]) for i in range(0, len(thoughts), batch)]
-        logits = torch.nn.functional.logsigmoid(torch.cat(rows)) if self.config.loss == "bce" else torch.cat(rows)
+        logits = self._scores(torch.cat(rows))
         dead = torch.arange(logits.shape[1], device=logits.device) >= counts[:, None]
         return logits.masked_fill(dead, torch.nan).float().cpu()
+
+    def _padded(self, asked: Sequence[Asked]) -> Sequence[Tensor]:
+        thoughts = torch.cat([question.thoughts for question in asked]).to(self.device, self.backbone.dtype)
+        prompt = Prompt.of_ids(self.scorer.decoder, [question.prompt for question in asked])
+        tails = torch.tensor([1 + len(ids) for question in asked for ids in question.ids], device=self.device)
+        return self._scores(self.scorer.rate_padded(prompt, thoughts, tails)).float().cpu().chunk(len(asked))
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        return torch.nn.functional.logsigmoid(logits) if self.config.loss == "bce" else logits
