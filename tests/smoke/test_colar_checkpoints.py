@@ -12,6 +12,7 @@ import lab
 from lab.errors import SettingsError
 from lab.latent.sampling import Sampling
 from lab.methods.colar.checkpoint import export_latenttts, export_official
+from lab.models.tokenizers import word_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "colar"
 IDS = {"sep_id": 1, "eos_id": 0}
@@ -80,3 +81,5 @@ def test_a_latenttts_release_opens(tmp_path):
     assert model.method == "colar" and model.config.lp_deterministic
     result = model.generate([[5, 6, 7]], min_thoughts=0, max_new_tokens=4, **GREEDY)
     assert len(result.rows) == 1 and model.config.sep_id == 40
+    own = word_tokenizer([str(number) for number in range(58)] + ["###"])
+    assert lab.load(tmp_path, tokenizer=own).config.sep_id == 58, "the tokenizer knows its ids better than the config"

@@ -67,7 +67,9 @@ class LatentTTSRelease:
         check_answers(answers, ("tokenizer", "sep_id", "eos_id"))
         config, tokenizer, state = load_config(str(folder)), tokenizer_from(answers, folder), read_state(folder)
         base = filled(config, {key: value for key, value in state.items() if not key.startswith(RELEASED)}, folder.name)
-        known = {"embeds_std": config.latent_embedding_std, "sep_id": getattr(config, "latent_end_id", None)}
+        known = {"embeds_std": config.latent_embedding_std}
+        if tokenizer is None:  # ids in a config may be of another tokenizer (latenttts.md 5)
+            known["sep_id"] = getattr(config, "latent_end_id", None)
         s = _settings(state, RELEASED, known | answers, base, tokenizer)
         return _built(base, tokenizer, s, state, RELEASED, folder)
 

@@ -97,7 +97,7 @@ def collate(rows: Sequence[ColarRow], factor: int, s: ColarSettings, generator: 
     groups, mask = group([row.steps for row in rows], factor, s)
     batch = ColarBatch(question.ids, _mask(question), groups, mask, answer.ids, _mask(answer), question.ids, factor)
     chosen = torch.multinomial((mask.float() + 1e-5).flatten(0, 1), 1, generator=generator).view(mask.shape[:2])
-    steps = groups.gather(-1, chosen[..., None])[..., 0].masked_fill(~mask.any(-1), IGNORE)
+    steps = groups.gather(-1, chosen[..., None])[..., 0].masked_fill(~mask.gather(-1, chosen[..., None])[..., 0], IGNORE)
     labels = torch.cat((torch.full_like(question.ids, IGNORE), steps, answer.ids.masked_fill(~batch.answer_mask, IGNORE)), 1)
     return replace(batch, labels=labels)
 
