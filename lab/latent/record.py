@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lab.errors import SettingsError
-from lab.latent.draws import Keyed
+from lab.latent.draws import Draws, Keyed
 from lab.latent.edit import Edit, Editing
 from lab.latent.loop import FINISH, Budget, DropoutRegime, Prompt, Rollout, rollout
 from lab.latent.policy import Policy, Rows
@@ -157,6 +157,7 @@ class Ask:
         channels: notes of the policy to keep per thought. dropout: a Monte Carlo dropout regime.
         wrap: from the method's policy to the one that runs (noise on its thoughts).
         sort: put prompts of like length into one batch; otherwise in the order given.
+        draws: given ones of all rows, question-major, instead of those keyed by seed, question and sample.
         edit: changes thoughts as they are made.
     """
 
@@ -173,6 +174,7 @@ class Ask:
     wrap: Callable[[Policy], Policy] | None = None
     sort: bool = True
     edit: Edit | None = None
+    draws: Draws | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.batch < 1 or self.budget.answer < 1:
@@ -219,6 +221,8 @@ def _run(decoder, policy: Policy, prompt: Prompt, group: list[int], ask: Ask) ->
     number = torch.tensor([ask.first + i for i in group for _ in range(ask.samples)], device=device)
     sample = torch.arange(ask.skip, ask.skip + ask.samples, device=device).repeat(len(group))
     draws, edit = Keyed.of(ask.seed, number, sample), None if ask.edit is None else Editing(ask.edit, number, sample)
+    if ask.draws is not None:
+        draws = ask.draws.select((number - ask.first) * ask.samples + sample - ask.skip)
     keep = ("thoughts", "logprob", *ask.channels, *(("state",) if ask.top else ()))
     policy = policy if ask.wrap is None else ask.wrap(policy)
     policy = Watched(policy) if ask.top else policy

@@ -36,12 +36,21 @@ class Difference(NamedTuple):
 def read_state(path: Path | str, *, bare: str = "weight") -> State:
     """The tensors of a weight file, of a sharded index, or of a folder with one of `WEIGHT_FILES`, on the CPU in their saved dtypes.
 
-    A torch file may also hold {"state_dict": …}, or one bare tensor, which is returned under the name `bare`.
+    A torch file may also hold {"state_dict": …}, or one bare tensor, which is returned under the name `bare`. What a wrapped model puts
+    before all its names (`module.`) is left out.
 
     Raises:
         CheckpointError: no weights there, a damaged file, a file that needs code, or content other than named tensors.
     """
-    return _read_file(weight_file(Path(path)), bare)
+    return _unwrapped(_read_file(weight_file(Path(path)), bare))
+
+
+def _unwrapped(names: dict[str, Any]) -> dict[str, Any]:
+    """The entries without the prefix that DistributedDataParallel or torch.compile put before every name."""
+    for prefix in ("module.", "_orig_mod."):
+        if names and all(name.startswith(prefix) for name in names):
+            names = part(names, prefix)
+    return names
 
 
 def _read_file(path: Path, bare: str) -> State:
@@ -82,15 +91,15 @@ def read_torch(path: Path | str) -> Any:
 
 
 def tensor_shapes(path: Path | str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a weight file or folder; of safetensors only the headers are read."""
+    """Names, as `read_state` gives them, and shapes in a weight file or folder; of safetensors only the headers are read."""
     path = weight_file(Path(path))
     if path.name.endswith(".safetensors.index.json"):
         shapes = {}
         for shard in _shards(path):
             shapes |= _header(path.parent / shard)
-        return shapes
+        return _unwrapped(shapes)
     if path.suffix == ".safetensors":
-        return _header(path)
+        return _unwrapped(_header(path))
     return {key: tuple(value.shape) for key, value in read_state(path).items()}
 
 

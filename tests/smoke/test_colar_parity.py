@@ -139,6 +139,18 @@ def test_the_latent_rollout_with_recorded_draws():
         assert mine == (want[: want.index(EOS)] if EOS in want else want)
 
 
+def test_generate_takes_recorded_draws_whatever_the_batches():
+    data, m = rl()
+    prompts = [row[mask.bool()].tolist() for row, mask in zip(data["question_input_ids"], data["question_attention_mask"], strict=True)]
+    draws = Recorded({Stream.THOUGHT: data["eps"][:, :, 0].transpose(0, 1)})
+    how = {"sampling": Sampling(), "end_temperature": 0.0, "thoughts": 8, "max_new_tokens": 10}
+    found = m.generate([ids[:-1] for ids in prompts], draws=draws, batch=3, **how)
+    assert [row.thoughts for row in found.rows] == data["n_latent_forward"][:, 0].tolist()
+    for row, ids in zip(found.rows, data["pred_ids"].tolist(), strict=True):
+        want = [token for token in ids if token != PAD]
+        assert row.ids == (want[: want.index(EOS)] if EOS in want else want)
+
+
 def experience(data):
     answer = data["answer_input_ids"]
     return Experience(

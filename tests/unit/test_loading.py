@@ -54,6 +54,17 @@ def test_every_kind_of_file_gives_the_same_tensors(tmp_path, kind):
     assert tensor_shapes(path) == {"a": (2, 3), "b.c": (2,)}
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "shards"])
+def test_a_prefix_before_every_name_is_left_out(tmp_path, monkeypatch, kind):
+    for prefix in ("module.", "module._orig_mod."):
+        with monkeypatch.context() as patched:
+            patched.setitem(globals(), "STATE", {f"{prefix}{key}": value for key, value in STATE.items()})
+            path = write(tmp_path, kind)
+        assert read_state(path).keys() == STATE.keys() == tensor_shapes(path).keys()
+    save_file({"module.a": STATE["a"], "b": STATE["a"].clone()}, tmp_path / "two.safetensors")
+    assert read_state(tmp_path / "two.safetensors").keys() == {"module.a", "b"}
+
+
 def test_rubbish_is_one_sentence(tmp_path):
     for content in (b"", b"hello", pickle.dumps({"x": 1}, 2)):
         (tmp_path / "x.bin").write_bytes(content)
