@@ -1,14 +1,20 @@
 """Adaptive inference: the official tokens, caps, batch invariance, sampling of the number of thoughts, and evaluation."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 from adaptive_fixture import lora_model, numbers
 
 from lab.data.answers import strict
+from lab.data.examples import Example
 from lab.errors import SettingsError
 from lab.latent.loop import Budget, Prompt, rollout
 from lab.latent.policy import Phase
+from lab.latent.record import Response
 from lab.latent.sampling import Sampling
+from lab.methods.adaptive import report
 from lab.methods.adaptive.model import read_ids, scores
 from lab.methods.adaptive.policy import Adaptive, generate, official_ids, warning
 
@@ -97,11 +103,32 @@ def test_an_untrained_head_is_warned_about_and_its_count_taken_from_training():
         generate(model, QUESTIONS[:1], thoughts=-1)
 
 
-def test_answers_are_read_as_the_official_evaluation_reads_them():
+def scripted(monkeypatch, texts):
+    """Makes every evaluation find these outputs, written with their special tokens."""
+    rows = [
+        Response(i, 0, [], [], [], "eos", re.sub(r"<\|[^|]*\|>", "", text), thoughts=text.count("<|CONTINUE|>"))
+        for i, text in enumerate(texts)
+    ]
+    monkeypatch.setattr(report, "generate", lambda *args, **options: SimpleNamespace(rows=rows))
+
+
+def test_answers_are_read_as_the_official_evaluation_reads_them(monkeypatch, model):
     case = numbers("eval_parsing")["latent"]
-    texts = [text.replace("<|CONTINUE|>", "").replace("<|STOP|>", "").replace("<|eot_id|>", "") for text in case["texts"]]
-    found = [strict(text, case["label"], "adaptive") for text in texts]
-    assert sum(correct for _, correct in found) == case["out"]["n_correct"]
+    out, texts = case["out"], [re.sub(r"<\|[^|]*\|>", "", text) for text in case["texts"]]
+    assert [strict(text, case["label"], "adaptive")[1] for text in texts].count(True) == out["n_correct"]
+    scripted(monkeypatch, case["texts"])
+    table, _ = report.evaluate(model, [Example(str(i), "How many?", (), case["label"]) for i in range(len(texts))])
+    official = {"score": "score", "length": "n_avg_reasoning_tokens", "length_std": "n_reasoning_tokens_std", "bad_format": "bad_format_p"}
+    official |= {"length_min": "min_reasoning_tokens", "length_max": "max_reasoning_tokens"}
+    for ours, theirs in official.items():
+        assert table[ours] == pytest.approx(out[theirs]), ours
+
+
+def test_with_a_given_count_all_that_is_written_is_the_answer(monkeypatch, model):
+    scripted(monkeypatch, ["<|CONTINUE|><|CONTINUE|><|STOP|> The answer is: 5. The answer is: 7"])
+    for thoughts, wanted, length in ((2, 1.0, 4), (None, 0.0, 6)):
+        table, _ = report.evaluate(model, [Example("a", "How many?", (), "5")], thoughts)
+        assert (table["score"], table["length"], table["bad_format"]) == (wanted, length, 0)
 
 
 def test_the_trace_holds_stop_probabilities_and_candidates(model):

@@ -13,7 +13,7 @@ from lab.latent.loop import Budget
 from lab.latent.policy import Phase, Policy, Rows
 from lab.latent.record import Ask, Responses, respond
 from lab.latent.sampling import Sampling, draw
-from lab.methods.adaptive.config import COLON, MARKER
+from lab.methods.adaptive.config import COLON, MARKER, AdaptiveSettings
 from lab.methods.adaptive.data import Writer
 from lab.methods.adaptive.model import AdaptiveModel, Thinker
 
@@ -133,7 +133,7 @@ def generate(
     s = model.config
     if note := warning(model, thoughts):
         log.warning(note)
-    count = thoughts if thoughts is not None or s.head_trained is not False else s.fixed_count
+    count = given_count(s, thoughts)
     if count is not None and count < 0:
         raise SettingsError(f"thoughts = {count}: it must be 0 or more.")
     if count is not None and not s.latent:
@@ -145,6 +145,11 @@ def generate(
     channels = (*CHANNELS, *ask.pop("channels", ()), *(("decision", "stop", "decided") if compat else ())) if s.latent else ()
     asked = Ask(samples=samples, budget=Budget(thoughts=max(1, most), answer=max_new_tokens), channels=channels, **ask)
     return respond(model, prompts, lambda group: policy(model, sampling, count=count, multi=compat), asked)
+
+
+def given_count(s: AdaptiveSettings, thoughts: int | None) -> int | None:
+    """The number of thoughts made whatever the head says (the answer's constant start is then forced), or None: the head decides."""
+    return thoughts if thoughts is not None or s.head_trained is not False else s.fixed_count
 
 
 def _prompt(writer: Writer, question: Any, prefix: str | None) -> list[int]:

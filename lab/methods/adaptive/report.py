@@ -1,5 +1,6 @@
 """What the notebooks call to look: evaluation in both ways of counting thoughts, curves, answers by number of thoughts, pushing."""
 
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,9 +18,11 @@ from lab.methods.adaptive.checkpoint import CREATION
 from lab.methods.adaptive.config import COLON, MARKER
 from lab.methods.adaptive.data import Writer, first_number
 from lab.methods.adaptive.model import AdaptiveModel, read_ids, scores
-from lab.methods.adaptive.policy import generate
+from lab.methods.adaptive.policy import generate, given_count
 from lab.methods.adaptive.reinforce import TOLERANCE, answer_of
 from lab.train import TrainResult
+
+_ANSWER = re.compile(re.escape(MARKER + COLON), re.IGNORECASE)
 
 # ---- evaluation ----
 
@@ -29,12 +32,12 @@ def evaluate(
 ) -> tuple[dict[str, float], Responses]:
     """Accuracy by the paper's rule and both ways of counting thoughts, with the answers (2B.6).
 
-    `thoughts` is the mean number of latent steps, `length` the paper's count (START and STOP included, or the text's tokens),
+    `thoughts` is the mean number of latent steps, `length` the paper's count (START, STOP and tokens before the answer's last start),
     over answers of the right form; `capped` the share that had to be stopped.
     """
-    found = generate(model, data, thoughts=thoughts, sampling=sampling, **options)
+    found, forced = generate(model, data, thoughts=thoughts, sampling=sampling, **options), _forced(model, thoughts)
     every = [
-        _scored(row, example, model)
+        _scored(row, example, model, forced)
         for row, example in zip(found.rows, [e for e in data for _ in range(options.get("samples", 1))], strict=True)
     ]
     formed = [row for row in every if row["formed"]]
@@ -53,15 +56,20 @@ def evaluate(
     }, found
 
 
-def _scored(row: Any, example: Example, model: AdaptiveModel) -> dict[str, float]:
-    value, gold = answer_of(row.text), first_number(example.answer)
-    before, mark, _ = row.text.lower().rpartition((MARKER + COLON).lower())
-    written = 0 if model.config.latent or not mark else len(Writer(model.tokenizer, model.config).piece(before))
+def _forced(model: AdaptiveModel, thoughts: int | None) -> bool:
+    """Whether the answer's start is given, so that all that is written is the answer (the official count override)."""
+    return model.config.latent and given_count(model.config, thoughts) is not None
+
+
+def _scored(row: Any, example: Example, model: AdaptiveModel, forced: bool) -> dict[str, float]:
+    value, gold = first_number(row.text) if forced else answer_of(row.text), first_number(example.answer)
+    reasoning = [] if forced else _ANSWER.split(row.text)[:-1]
+    written = len(Writer(model.tokenizer, model.config).piece("".join(part.strip() for part in reasoning)))
     return {
         "correct": value is not None and gold is not None and abs(value - gold) < TOLERANCE,
-        "formed": bool(mark),
+        "formed": forced or bool(reasoning),
         "thoughts": row.thoughts,
-        "length": row.thoughts + 2 if model.config.latent else written,
+        "length": written + (row.thoughts + 2 if model.config.latent else 0),
         "cut": row.finish == "length",
         "capped": row.capped,
     }
@@ -97,8 +105,9 @@ def benchmark(
     from lab.evaluate import evaluate as answer
 
     options = {} if thoughts is None or not model.config.latent else {"thoughts": thoughts}
+    rule = "adaptive-override" if _forced(model, thoughts) else "adaptive"
     how, asked = Decoding(**decoding), load_benchmark(name, "test", data)
-    return answer(Latent(model, **options), asked, name, folder, how, rule="adaptive", label=name, processes=processes)
+    return answer(Latent(model, **options), asked, name, folder, how, rule=rule, label=name, processes=processes)
 
 
 # ---- tables ----
