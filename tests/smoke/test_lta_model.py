@@ -265,6 +265,7 @@ def test_published_files_are_read_with_what_their_scripts_fixed(tmp_path):
     export_official(model("assistant", SoftcotModel), tmp_path / "softcot")
     answers = {"backbone": base(), "tokenizer": TOKENIZERS["qwen3"], "num_thought_tokens": 3, "family": "qwen3"}
     assert lab.load(tmp_path / "lta", **answers).config.distinct_slots
+    assert lab.load(tmp_path / "lta" / "projection.bin", **answers).method == "lta", "the block beside it belongs to it"
     assert not lab.load(tmp_path / "lta", **answers, task="strategyqa").config.distinct_slots
     soft = lab.load(tmp_path / "softcot", **answers, assistant=base(5, 24))
     placeholder = TOKENIZERS["qwen3"].convert_tokens_to_ids("<|endoftext|>")

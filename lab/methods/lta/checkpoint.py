@@ -30,8 +30,8 @@ class OfficialFiles:
     kind: type[ThoughtModel] = ThoughtModel
 
     def recognise(self, files: FolderFiles) -> Layout | None:
-        """The folder, where a block lies beside a projection; a projection alone is SoftCoT's."""
-        return Layout("lta", self.name) if files.has(PROJECTION, BLOCK) else None
+        """The folder or file, where a block lies beside a projection; a projection alone is SoftCoT's."""
+        return Layout("lta", self.name) if files.has(PROJECTION) and has_block(files) else None
 
     def load(self, folder: Path, layout: Layout, **answers: Any) -> ThoughtModel:
         """The model; `backbone=` (a name, folder or model) is always needed, `assistant=` where a small model makes the thoughts.
@@ -66,6 +66,11 @@ class OfficialFiles:
 
 
 RECOGNISERS = [OfficialFiles()]
+
+
+def has_block(files: FolderFiles) -> bool:
+    """Whether the block's weights are there, also beside a projection that was given as a file."""
+    return (files.folder / BLOCK).is_file()
 
 
 def _fill(model, path: Path) -> None:

@@ -1,6 +1,6 @@
 """SoftCoT's file: `projection.bin` alone, for SoftCoT++ with the initial vectors of its sets (`softcot.md` 4)."""
 
-from lab.methods.lta.checkpoint import PROJECTION, OfficialFiles
+from lab.methods.lta.checkpoint import PROJECTION, OfficialFiles, has_block
 from lab.methods.softcot.model import SoftcotModel
 from lab.models.layouts import FolderFiles, Layout
 
@@ -15,7 +15,7 @@ class OfficialProjection(OfficialFiles):
 
     def recognise(self, files: FolderFiles) -> Layout | None:
         """The folder, where there is a projection and no block."""
-        return Layout("softcot", self.name) if files.has(PROJECTION) and not files.has("TransformerBlock.bin") else None
+        return Layout("softcot", self.name) if files.has(PROJECTION) and not has_block(files) else None
 
 
 RECOGNISERS = [OfficialProjection()]
