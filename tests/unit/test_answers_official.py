@@ -103,6 +103,11 @@ def test_hrpo():
         assert official.hrpo_qa(case["text"]) == case["qa"]
     for case in data["qa"]:
         assert official.hrpo_qa(case["text"]) == case["out"]
+    for case in data["math"]:
+        assert strict(f"so #### {case['text']}", case["out"], "hrpo-math") == (case["out"], True), case
+    assert strict("#### $\\frac1{72}$", "\\frac{1}{72}", "hrpo-math")[1] and strict("\\boxed{5\\text{ cm}}", "5", "hrpo-math")[1]
+    assert strict("#### nothing", "5", "hrpo-math") == (None, False)
+    assert strict("so #### $\\frac{1}2$", "1/2", "hrpo-math")[1] is False, "the usual clean-up leaves a half-braced fraction alone"
     assert strict("so #### 5,000", "7,000", "hrpo-gsm8k")[1], "the official rule cuts at commas: a false positive kept for parity"
 
 

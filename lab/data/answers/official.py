@@ -213,6 +213,7 @@ RULES: dict[str, Rule] = {
     "lta-strategyqa": Rule(lta_yes_no, _truth),
     "lta-math": Rule(official_math.lta_math, official_math.lta_math_gold),
     "hrpo-gsm8k": Rule(hrpo_gsm8k, lambda gold: hrpo_gsm8k(gold.partition("####")[2] or gold)),
+    "hrpo-math": Rule(lambda text: official_math.hrpo_math(hrpo(text)), official_math.hendrycks),
     "hrpo-mmlu": Rule(hrpo_mmlu, _strip),
     "hrpo-qa": Rule(hrpo_qa, hrpo_qa),
     "dtt": Rule(dtt, _strip),

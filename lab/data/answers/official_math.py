@@ -101,3 +101,39 @@ def _as_text(latex: str) -> str:
     latex = re.sub(r"\\([{}%&_#])", lambda m: {"{": "\0", "}": "\1"}.get(m[1], m[1]), latex)
     latex = re.sub(r"\\([A-Za-z]+)", lambda m: _PLAIN.get(m[1], ""), latex)
     return re.sub(r"[{}]|\\[,;:! ]", "", latex).replace("\0", "{").replace("\1", "}")
+
+
+# -- HRPO's MATH rule (dtt.md 2.9): box, else LaTeX, else the last number; then the clean-up of the MATH data set's own grader --
+
+_UNIT = re.compile(r"\\text\{ .*", re.DOTALL)
+_PLAINER = [
+    ("\n", ""),
+    ("\\!", ""),
+    ("\\\\", "\\"),
+    ("tfrac", "frac"),
+    ("dfrac", "frac"),
+    ("\\left", ""),
+    ("\\right", ""),
+    ("^{\\circ}", ""),
+]
+_PLAINER += [("^\\circ", ""), ("\\$", ""), ("\\%", ""), ("%", ""), (" .", " 0."), ("{.", "{0.")]
+
+
+def hrpo_math(text: str) -> str | None:
+    """The answer of a response (what follows its last `####`), cleaned; None where nothing is found."""
+    boxes, latex = _BOX.findall(text), re.findall(r"\$([^$]+)\$", text)
+    found = (boxes or latex or re.findall(r"-?\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?", text))[-1:]
+    return hendrycks(found[0]) if found else None
+
+
+def hendrycks(answer: str) -> str:
+    """The usual clean-up of MATH answers: no spaces, units, degrees or "x =" in front; fractions with braces."""
+    for old, new in _PLAINER:
+        answer = answer.replace(old, new)
+    answer = re.sub(r"^\.", "0.", _UNIT.sub("", answer).strip())
+    name, equals, rest = answer.partition("=")
+    answer = rest if equals and len(name.strip()) <= 2 and "=" not in rest else answer
+    answer = re.sub(r"\\sqrt(?=[^{])(.)", r"\\sqrt{\1}", answer).replace(" ", "")
+    answer = re.sub(r"\\frac(\w)(?:(\w)|(?=\{))", lambda m: f"\\frac{{{m[1]}}}" + (f"{{{m[2]}}}" if m[2] else ""), answer)
+    answer = "\\frac{1}{2}" if answer == "0.5" else answer
+    return re.sub(r"^(-?\d+)/(\d+)$", r"\\frac{\1}{\2}", answer)
