@@ -1,13 +1,14 @@
-"""How the processes of a training share its memory: copies of everything (ddp), or the optimizer state in pieces (fsdp).
+"""How the processes of a training share its memory: copies of everything (ddp), or the optimizer state in pieces (fsdp, zero1, zero2).
 
 A latent training passes through the model many times a step (once for every thought) and reads the weights directly, so FSDP2 holds
 the whole model as one unit: the weights are gathered once a step, stay whole for all its passes, and are freed after the update; gradients
-are in pieces once they are summed, not before.
+are in pieces once they are summed, not before. DeepSpeed's ZeRO leaves the weights whole (see `lab.zero`); gradients are in pieces
+after each micro-batch in zero2, after the last in zero1.
 Every function here does nothing to a module that is not sharded. Checkpoints hold whole tensors: they open with `lab.load` and resume
 under any number of processes and any sharding.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -17,31 +18,63 @@ from torch import Tensor, nn
 
 from lab.errors import SettingsError
 
-Sharding = Literal["ddp", "fsdp"]
+Sharding = Literal["ddp", "fsdp", "zero1", "zero2"]
 NOT_OFFERED = (
-    "DeepSpeed is not used here: it updates inside its own backward pass, before the guard could judge a step. "
-    "sharding fsdp keeps the optimizer state in pieces, and gradients once they are summed; "
-    "weights in pieces (ZeRO-3) cannot be read directly"
+    "not offered: ZeRO-3 gathers weights where a module is called, and thoughts read them elsewhere. "
+    "zero1 and zero2 (DeepSpeed) and fsdp keep the optimizer state in pieces"
 )
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether `shard` has been called on `module`."""
+    return hasattr(module, "used")
+
+
+def _is_fsdp(module: nn.Module) -> bool:
     return hasattr(module, "unshard")
 
 
-def shard(module: nn.Module, device: torch.device) -> nn.Module:
-    """Moves `module` to `device` and leaves each process its piece of every parameter; transformers' Trainer then wraps it no further."""
+def shard(module: nn.Module, device: torch.device, how: Sharding) -> nn.Module:
+    """Moves `module` to `device`, the same on all processes, for `how` ddp is not; transformers' Trainer then wraps it no further.
+
+    With fsdp each process is left its piece of every parameter, with zero1 and zero2 `split` cuts what the optimizer keeps.
+    """
+    module.to(device)
+    for tensor in module.state_dict().values():
+        dist.broadcast(tensor, src=0)
+    if how == "fsdp":
+        _fully_shard(module)
+    elif learning := [name for name, p in module.named_parameters() if p.requires_grad and p.dtype != torch.float32]:
+        raise SettingsError(f"{learning[0]} does not learn in float32, as ZeRO has it here; set stability to safe.")
+    module.stage = 0 if how == "fsdp" else int(how[-1])
+    module.is_distributed_loading_by_transformers = True
+    module.used = _Used(module)
+    return module
+
+
+def _fully_shard(module: nn.Module) -> None:
     from torch.distributed.fsdp import fully_shard
 
     scalars = {name: parameter for name, parameter in module.named_parameters() if not parameter.dim()}
     if learning := [name for name, parameter in scalars.items() if parameter.requires_grad]:
-        raise SettingsError(f"{learning[0]} is a single number that learns, which FSDP cannot shard; set sharding to ddp.")
-    fully_shard(module.to(device), reshard_after_forward=False, ignored_params=set(scalars.values()))
+        raise SettingsError(f"{learning[0]} is a single number that learns, which FSDP cannot shard; set sharding to ddp or zero1.")
+    fully_shard(module, reshard_after_forward=False, ignored_params=set(scalars.values()))
     module.set_reduce_scatter_unused_params(True)  # a micro-batch of one process may use a parameter that another's does not
-    module.is_distributed_loading_by_transformers = True
-    module.used = _Used(module)
-    return module
+
+
+def split(module: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> torch.optim.Optimizer:
+    """The optimizer to train `module` with: `optimizer` itself, or DeepSpeed's around it, which clips the gradient's norm at `clip`."""
+    if not getattr(module, "stage", 0):
+        return optimizer
+    from lab.zero import Zero
+
+    module.zero = Zero(optimizer, module.stage, clip)
+    return module.zero
+
+
+def zero(module: nn.Module) -> Any:
+    """The `lab.zero.Zero` of a module trained with one, else None."""
+    return getattr(module, "zero", None)
 
 
 class _Used:
@@ -54,36 +87,58 @@ class _Used:
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(lambda _, name=name: self.names.add(name))
 
-    def drop_others(self, module: nn.Module) -> None:
+    def others(self, module: nn.Module) -> list[nn.Parameter]:
+        """The parameters without a gradient since the last call."""
         learning = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         flags = torch.tensor([name in self.names for name, _ in learning], dtype=torch.int32, device=learning[0][1].device)
         dist.all_reduce(flags)
-        for (_, parameter), used in zip(learning, flags.tolist(), strict=True):
-            parameter.grad = parameter.grad if used else None
         self.names.clear()
+        return [parameter for (_, parameter), used in zip(learning, flags.tolist(), strict=True) if not used]
 
 
 @contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
     """Inside, every process has all weights of `module`. All processes must enter."""
-    if is_sharded(module):
+    if _is_fsdp(module):
         module.unshard()
     try:
         yield
     finally:
-        if is_sharded(module):
+        if _is_fsdp(module):
             module.reshard()
 
 
 @contextmanager
 def accumulating(module: nn.Module, last: bool) -> Iterator[None]:
-    """A backward pass inside sums gradients over processes only if it is the `last` of its step."""
-    if is_sharded(module):
+    """A backward pass inside sums gradients over processes only if it is the `last` of its step (with zero2 always)."""
+    if _is_fsdp(module):
         module.set_requires_gradient_sync(last)
         module.set_reshard_after_backward(last)
     yield
+    if zero(module):
+        zero(module).reduce(last)
     if is_sharded(module) and last:
-        module.used.drop_others(module)
+        unused = module.used.others(module)
+        drop_gradients(unused)
+        if zero(module):
+            zero(module).unused = unused
+
+
+def keep_up(module: nn.Module, rounds: int) -> None:
+    """Where every micro-batch is summed over processes: takes part in the sums of those that have more than `rounds` of them."""
+    if getattr(module, "stage", 0) < 2:
+        return
+    most = torch.tensor(rounds, device=next(module.parameters()).device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    for _ in range(int(most) - rounds):
+        with accumulating(module, last=False):
+            pass
+
+
+def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Leaves the parameters as if no backward pass had come to them."""
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def full(tensor: Any) -> Any:
@@ -108,21 +163,24 @@ def full_state(state: Mapping[str, Any]) -> dict[str, Any]:
 def restore(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Gives `optimizer` a state dict of whole tensors, in pieces where its parameters are."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    own = {
-        key: {name: pieces(value, parameters[key]) if value.shape == parameters[key].shape else value for name, value in of.items()}
-        for key, of in state["state"].items()
-    }
-    optimizer.load_state_dict({**state, "state": own})
+    if any(hasattr(parameter, "full_tensor") for parameter in parameters):
+        own = {
+            key: {name: pieces(value, parameters[key]) if value.shape == parameters[key].shape else value for name, value in of.items()}
+            for key, of in state["state"].items()
+        }
+        state = {**state, "state": own}
+    optimizer.load_state_dict(state)
 
 
 def join(module: nn.Module) -> None:
     """Ends the sharding: every process has all weights as plain parameters again."""
     if not is_sharded(module):
         return
-    module.reshard()
+    if _is_fsdp(module):
+        module.reshard()
     made: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             if id(parameter) not in made:
-                made[id(parameter)] = nn.Parameter(full(parameter.detach()), parameter.requires_grad)
+                made[id(parameter)] = nn.Parameter(full(parameter.detach()).clone(), parameter.requires_grad)
             setattr(part, name, made[id(parameter)])

@@ -57,9 +57,9 @@ class Common(Settings):
 
     @field_validator("sharding", mode="before")
     @classmethod
-    def _no_deepspeed(cls, value: Any) -> Any:
-        if isinstance(value, str) and value.startswith(("zero", "deepspeed")):
-            raise ValueError(NOT_OFFERED)
+    def _no_zero3(cls, value: Any) -> Any:
+        if value in ("zero", "zero3", "deepspeed"):
+            raise ValueError(f"{value}: {NOT_OFFERED}")
         return value
 
     @model_validator(mode="after")
@@ -272,6 +272,8 @@ def check_common(s: Common) -> None:
         raise SettingsError(
             f"report_to={s.report_to!r} needs a package that is not there; run: pip install {s.report_to} (or set report_to to none)."
         )
+    if s.sharding.startswith("zero") and find_spec("deepspeed") is None:
+        raise SettingsError(f"sharding={s.sharding!r} needs DeepSpeed: pip install -e '.[deepspeed]' (or set sharding to fsdp).")
     check_world(int(os.environ.get("WORLD_SIZE", 1)))
 
 

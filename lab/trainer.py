@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import math
+import os
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from lab.launch import check_world, on_main, rank, world_size
 from lab.stability.guarded import STATE, WEIGHTS, Diverged, Guarded
 
 log = logging.getLogger(__name__)
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed where it is installed, which would else warn of it
 
 Loss = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Any]]]
 
@@ -161,7 +164,7 @@ class Supervised(Guarded, Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         groups = optim.parameter_groups(self.learner, self.s.lr, self.s.weight_decay, self.s.groups, self.s.decay_all)
-        self.optimizer = optim.adamw(groups, self.s.betas, self.s.eps)
+        self.optimizer = sharding.split(self.model, optim.adamw(groups, self.s.betas, self.s.eps), self.args.max_grad_norm)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -201,6 +204,7 @@ class Supervised(Guarded, Trainer):
         if hasattr(self.job.loss, "prepare"):  # an objective that must see the whole batch first (a scale over all its rows)
             self.job.loss.prepare(self.job.model, [self._to_device(batch) for _, batch, _ in work])
         signals: dict[str, Any] = {}
+        sharding.keep_up(self.model, len(work))
         for index, ((row, _), batch, count) in enumerate(work):
             _seed_draws(self.plan.key(self.recovery.generation, self.state.global_step, row))
             with self._summing(model, index == len(work) - 1):
@@ -344,7 +348,7 @@ def sharded(module: nn.Module, s: Any) -> nn.Module:
     if s.sharding == "ddp" or world_size() == 1:
         return module
     cuda = torch.cuda.is_available() and s.device != "cpu"
-    return sharding.shard(module, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"))
+    return sharding.shard(module, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"), s.sharding)
 
 
 def _arguments(s: Any, plan: Plan, folder: str) -> TrainingArguments:

@@ -55,18 +55,23 @@ class Guarded:
 
     # ---- each step ----
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        norm = sharding.full(super()._clip_grad_norm(model))
+        zero = sharding.zero(self.model)
+        norm = zero.norm() if zero else sharding.full(super()._clip_grad_norm(model))
         names = sorted(self.signals)
         self.gradient_norm, self.values = self._transfer(norm, names)
         verdict = self._judge()
         if verdict.action == "diverged":
             raise Diverged(verdict, self.state.global_step + 1, self._extras())
         if verdict.action == "skip":
-            for parameter in model.parameters():
-                parameter.grad = None
+            sharding.drop_gradients(model.parameters())
+            if zero:
+                zero.drop()
         if verdict.action in ("skip", "warn"):
             self._note(verdict)
         return norm
+
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        """What a sharded module has whole is summed by `sharding`."""
 
     def _transfer(self, norm: Tensor, names: list[str]) -> tuple[float, dict[str, float]]:
         """The step's numbers on the host, in one transfer, summed over processes."""

@@ -1,12 +1,13 @@
 """Functions that the launch tests run in other processes."""
 
 import os
+import shutil
 import time
 
 import torch
 from torch import nn
 
-from lab import files
+from lab import files, optim, sharding
 from lab.errors import DataError
 from lab.launch import on_main, rank, world_size
 from lab.train import TrainSettings, fit
@@ -52,6 +53,34 @@ def train(folder, logger=None, **changes):
         "plain": all(type(p) is nn.Parameter and type(p.data) is torch.Tensor for p in model.parameters()),
         "world": world_size(),
     }
+
+
+def train_and_resume(folder, **changes):
+    """A training, and what it comes to when its last steps are done again from the checkpoint before."""
+    done = train(folder, **changes)
+    on_main(lambda: shutil.rmtree(folder_path(folder) / "checkpoint-12"))
+    return done, train(folder, **changes)
+
+
+def kept_in_pieces():
+    """Numbers of parameters, of moments, and of gradients kept after a first micro-batch, in this process, for ZeRO-1 and ZeRO-2."""
+    return [_kept(how) for how in ("zero1", "zero2")]
+
+
+def _kept(how):
+    module = sharding.shard(nn.Sequential(*(nn.Linear(8, 8) for _ in range(40))), torch.device("cpu"), how)
+    parameters = list(module.parameters())
+    optimizer = sharding.split(module, optim.adamw([{"params": parameters}], [0.9, 0.999], 1e-8), 1.0)
+    kept = 0
+    for last in (False, True):
+        with sharding.accumulating(module, last):
+            module(torch.ones(2, 8)).square().sum().backward()
+        if not last:
+            own = [gradient for group in optimizer.all_grad_tensors.values() for gradient in group or []]
+            kept = sum(gradient.numel() for gradient in own + [p.grad for p in parameters] if gradient is not None)
+    optimizer.step()
+    moments = sum(tensor.numel() for of in optimizer.state.values() for name, tensor in of.items() if name != "step")
+    return sum(p.numel() for p in parameters), moments, kept
 
 
 def folder_path(folder):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from lab.errors import DataError, DeviceError, SettingsError
 from lab.launch import launch
 
 pytestmark = pytest.mark.slow
+zero = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install -e '.[deepspeed]'")
 
 
 def close(one, two):
@@ -44,21 +46,29 @@ def test_two_processes_give_the_losses_of_one(tmp_path, one):
     assert resumed["losses"][12:] == pytest.approx(one["losses"][4:], abs=1e-6)
 
 
-def test_sharded_processes_give_the_losses_of_one_and_their_checkpoints_are_whole(tmp_path, one):
+@pytest.mark.parametrize("sharding", ["fsdp", pytest.param("zero1", marks=zero), pytest.param("zero2", marks=zero)])
+def test_sharded_processes_give_the_losses_of_one_and_their_checkpoints_are_whole(tmp_path, one, sharding):
     def stop(**row):
         if row.get("step") == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         targets.train(str(tmp_path), logger=stop)
-    two = launch(targets.train, 2, folder=str(tmp_path), sharding="fsdp")  # goes on where one process stopped
-    assert two["world"] == 2 and two["plain"]
-    assert two["weights"] == pytest.approx(one["weights"], rel=1e-5)
+    two, again = launch(targets.train_and_resume, 2, folder=str(tmp_path), sharding=sharding)  # goes on where one process stopped
+    assert two["world"] == 2 and two["plain"] and again["plain"]
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-5) and again["weights"] == pytest.approx(two["weights"], rel=1e-7)
     assert two["losses"] == pytest.approx(one["losses"][4:], abs=1e-6)
 
     shutil.rmtree(tmp_path / "checkpoint-12")
     resumed = targets.train(str(tmp_path))
     assert resumed["weights"] == pytest.approx(one["weights"], rel=1e-5)
+
+
+@zero
+def test_zero_keeps_the_moments_in_pieces_and_stage_two_the_gradients_between_micro_batches():
+    (whole, moments, gradients), (_, moments_2, gradients_2) = launch(targets.kept_in_pieces, 2)
+    assert moments == moments_2 == pytest.approx(whole, rel=0.02)  # two of half of the parameters
+    assert gradients == whole and gradients_2 == pytest.approx(whole / 2, rel=0.05)
 
 
 def test_settings_ask_for_processes_and_the_model_here_learns(tmp_path, one):

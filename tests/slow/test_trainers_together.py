@@ -1,6 +1,7 @@
-"""Every trainer gives with two gloo processes, copied (ddp) or sharded (fsdp), what it gives with one: same global batch, same losses."""
+"""Every trainer gives with two gloo processes, under every sharding, what it gives with one: same global batch, same losses."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ from lab import launch as launching
 from lab import train
 
 pytestmark = pytest.mark.slow
-SHARDINGS = ("ddp", "fsdp")
+there = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install -e '.[deepspeed]'")
+SHARDINGS = ("ddp", "fsdp", pytest.param("zero1", marks=there), pytest.param("zero2", marks=there))
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return launching.launch(targets.every, 2, folder=str(tmp_path_factory.mktemp("two")), shardings=SHARDINGS)
+    shardings = ("ddp", "fsdp", *(("zero1", "zero2") if find_spec("deepspeed") else ()))
+    return launching.launch(targets.every, 2, folder=str(tmp_path_factory.mktemp("two")), shardings=shardings)
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +39,10 @@ def test_two_processes_train_as_one_does(one, two, name, sharding):
         assert together[what] == pytest.approx(alone[what], abs=2e-6, rel=2e-4), what
 
 
+@pytest.mark.parametrize("sharding", SHARDINGS[1:])
 @pytest.mark.parametrize("name", ["coconut", "adaptive", "colar", "dtt_rl"])
-def test_what_was_trained_in_pieces_opens(two, name):
-    found = two["fsdp", name]
+def test_what_was_trained_in_pieces_opens(two, name, sharding):
+    found = two[sharding, name]
     weights = dict(lab.load(found["saved"]).named_parameters())
     assert sorted(float(p.detach().double().square().sum()) for p in weights.values()) == pytest.approx(sorted(found["weights"]), rel=1e-6)
 
