@@ -193,17 +193,21 @@ def unanswered(prompted: Any) -> Any:
 
 
 def _lta(folder: Path, values: dict[str, Any]) -> Subject:
-    """The micro-task of hidden instructions; its answer is a whole row of digits."""
-    from lab.latent.sampling import Sampling
     from lab.methods.lta import stages
 
     if values["large_model_id"] != stages.TOY:
         raise SettingsError("This run is not the toy's; name its model and a benchmark.")
     model = stages.toy_model(folder.parent, folder.name, values["seed"])
-    found = stages.asked(model, values)
-    asked = [unanswered(prompted) for prompted in found]
+    return of_hidden_instructions(model, stages.asked(model, values))
+
+
+def of_hidden_instructions(model: LatentModel, found: Sequence[Any]) -> Subject:
+    """LTA-Thinker's micro-task; the answer to each question in `found` is a whole row of digits."""
+    from lab.latent.sampling import Sampling
+
     options = {"max_new_tokens": len(found[0].answer), "sampling": Sampling()}
-    return Subject(model, asked, [e.answer for e in found], lambda row, gold: tuple(row.ids) == gold, options)
+    gold = [prompted.answer for prompted in found]
+    return Subject(model, [unanswered(prompted) for prompted in found], gold, lambda row, answer: tuple(row.ids) == answer, options)
 
 
 def _arm(own: str) -> Callable[[Path, Path, str], Path]:

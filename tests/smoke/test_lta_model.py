@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from test_lta_prompting import TOKENIZERS
@@ -12,13 +13,13 @@ from lab.errors import CheckpointError, DataError, SettingsError
 from lab.latent.distill import plan_cross_entropy
 from lab.latent.prefix import read_with_thoughts
 from lab.latent.sampling import Sampling
-from lab.methods.lta import objective
+from lab.methods.lta import objective, stages, toy
 from lab.methods.lta.checkpoint import export_official
 from lab.methods.lta.config import LtaSettings
 from lab.methods.lta.losses import alignment, answer_vector, focus
 from lab.methods.lta.model import ThoughtModel
 from lab.methods.lta.objective import info_nce, loss
-from lab.methods.lta.policy import generate, make_all, prompted, to_batch
+from lab.methods.lta.policy import prompted, to_batch
 from lab.methods.lta.prompting import Pack, build, own_pack
 from lab.methods.softcot.model import SoftcotModel
 from lab.models.backbones import load_backbone
@@ -302,10 +303,13 @@ def test_files_that_lack_something_say_so(tmp_path):
         ThoughtModel.start(base(), TOKENIZERS["qwen3"], LtaSettings.check(generator="assistant"))
 
 
-def test_leaving_one_thought_out_changes_what_is_read():
-    m = model("block").eval()
-    whole = make_all(m, [prompted(m, example) for example in EXAMPLES])
-    assert whole.shape == (2, 3, 32)
-    with pytest.raises(SettingsError, match="leave_out"):
-        generate(m, EXAMPLES, leave_out=3, **GREEDY)
-    assert len(generate(m, EXAMPLES, leave_out=1, **GREEDY).rows) == 2
+def test_each_thought_is_left_out_once_and_a_static_one_carries_nothing_of_the_question():
+    frozen = load_backbone("toy:qwen3", vocab_size=len(toy.WORLD.vocabulary), initializer_range=0.2, **toy.SIZES)
+    models = {arm: toy.start(arm, frozen, 0, 2).eval() for arm in ("static", "lta")} | {"real": model("block").eval()}
+    asked = dict.fromkeys(models, toy.questions(toy.WORLD.task(12, np.random.default_rng(0)), 2, solution=False))
+    rows = stages.leave_one_out(models, asked)
+    assert [(row["arm"], row["intervention"]) for row in rows] == [
+        (arm, name) for arm in ("static", "lta") for name in ("as they are", "without thought 1", "without thought 2")
+    ]
+    changed = {row["arm"]: row["changed"] for row in rows}
+    assert changed["static"] == 0 < changed["lta"]

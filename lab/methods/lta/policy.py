@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lab.data.examples import Example
-from lab.errors import SettingsError
 from lab.latent.loop import Budget, Prompt
 from lab.latent.policy import Policy
 from lab.latent.prefix import inject
@@ -37,7 +36,6 @@ def generate(
     thoughts: int | None = None,
     sampling: Sampling | None = None,
     max_new_tokens: int = 1024,
-    leave_out: int | None = None,
     **ask: Any,
 ) -> Responses:
     """Answers to texts, `Example`s or `Prompted`s.
@@ -45,15 +43,12 @@ def generate(
     Args:
         thoughts: how many, instead of what the model was trained with.
         sampling: None = the published settings of the model's family.
-        leave_out: number of one thought to replace by the placeholder's embedding (leave-one-out).
         ask: see `lab.latent.record.Ask`. With K sets of thoughts, sample s reads set s mod K, so K·R samples are R answers to each.
     """
     s, sets = model.config, model.config.num_scaling_times
     asked = [prompted(model, question, thoughts) for question in questions]
     with torch.no_grad():
         made = make_all(model, asked)
-    if leave_out is not None and made is not None:
-        made = without(model, made, leave_out)
     prompts = [_numbered(row, number) for number, row in enumerate(row for row in asked for _ in range(sets))]
     stops = tuple({s.eos_id, *_turn_end(model)} - {-1})
     policy = Policy(model.decoder, stops, sampling or SAMPLING.get(s.family, OTHERS))
@@ -108,15 +103,6 @@ def _turn_end(model: ThoughtModel) -> set[int]:
         return set()
     found = model.tokenizer.convert_tokens_to_ids(FAMILIES[model.config.family].turn_end)
     return set() if found is None or found == model.tokenizer.unk_token_id else {found}
-
-
-def without(model: ThoughtModel, made: Tensor, number: int) -> Tensor:
-    """Thoughts (R, n, D) with one replaced by the mean of the embedding table; SettingsError for one that is not there."""
-    if not 0 <= number < made.shape[1]:
-        raise SettingsError(f"leave_out = {number}: there are thoughts 0 to {made.shape[1] - 1}.")
-    made = made.clone()
-    made[:, number] = model.decoder.table.weight.mean(0).to(made.dtype)
-    return made
 
 
 def _regrouped(found: Responses, sets: int, wanted: range) -> Responses:

@@ -277,16 +277,16 @@ def spread_rows(models: dict[str, ThoughtModel], asked: dict[str, list[Prompted]
 
 
 def leave_one_out(models: dict[str, ThoughtModel], asked: dict[str, list[Prompted]]) -> list[dict[str, Any]]:
-    """Exact matches of the micro-task with all thoughts and with each one replaced by the mean embedding; [] for real models."""
-    rows = []
-    for arm, model in models.items():
-        if model.tokenizer is not None:
-            continue
-        batch = batch_of(asked[arm], toy.BOS, toy.FIRST_FILLER)
-        for place in [None, *range(model.config.num_thought_tokens)]:
-            right, _ = toy.exact(model, batch, leave_out=place)
-            rows.append({"arm": arm, "left_out": "none" if place is None else str(place), "exact": right})
-    return rows
+    """Rows of `lab.ablation` for each arm of the micro-task: with its own thoughts, and without each of them; [] for real models."""
+    from lab.ablation import ablate
+    from lab.ablation.subjects import of_hidden_instructions
+
+    toys = {arm: of_hidden_instructions(model, asked[arm]) for arm, model in models.items() if model.tokenizer is None}
+    return [
+        {"arm": arm, **row}
+        for arm, subject in toys.items()
+        for row in ablate(subject, interventions=(), each=models[arm].config.num_thought_tokens)
+    ]
 
 
 def thought_trace(model: ThoughtModel, rows: list[Prompted], k: int) -> Trace:

@@ -22,7 +22,6 @@ from lab.methods.lta.config import LtaSettings
 from lab.methods.lta.data import ThoughtBatch, batch_of, one_count
 from lab.methods.lta.model import ThoughtModel
 from lab.methods.lta.objective import counter, loss
-from lab.methods.lta.policy import without
 from lab.methods.lta.prompting import Prompted
 from lab.models.backbones import load_backbone
 from lab.models.decoder import decoder_for
@@ -158,16 +157,9 @@ def measure(model: ThoughtModel, seed: int, rows: int = 500, n: int = 0, solutio
 
 
 @torch.no_grad()
-def exact(model: ThoughtModel, batch: ThoughtBatch, leave_out: int | None = None) -> tuple[float, float]:
-    """Share of rows whose every answer token is the most likely one after the right ones before it, and the mean cross-entropy.
-
-    Args:
-        leave_out: number of a thought to replace by the mean embedding.
-    """
-    made = model.make(batch)
-    if leave_out is not None:
-        made = without(model, made, leave_out)
-    states, targets = batch.plan.predictions(read_with_thoughts(model.decoder, batch.plan, made))
+def exact(model: ThoughtModel, batch: ThoughtBatch) -> tuple[float, float]:
+    """Share of rows whose every answer token is the most likely one after the right ones before it, and the mean cross-entropy."""
+    states, targets = batch.plan.predictions(read_with_thoughts(model.decoder, batch.plan, model.make(batch)))
     logits = model.decoder.logits(states)
     hits = (logits.argmax(-1) == targets).view(len(batch), -1).all(1)
     return float(hits.float().mean()), float(F.cross_entropy(logits.float(), targets))
