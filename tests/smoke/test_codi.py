@@ -356,6 +356,25 @@ def test_training_does_not_depend_on_the_micro_batch(tmp_path: Path, kind: str):
     assert (official[0] - official[1]).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("compat", ["", "codi"])
+def test_the_logged_loss_is_the_mean_of_the_micro_batches_under_compat_alone(tmp_path: Path, compat: str):
+    from lab.methods.codi.train import train
+    from lab.train import TrainSettings
+
+    model, log = fresh(compat=compat, distill_loss_factor=0.0), []
+    ragged = sorted(rows(model, count=4), key=lambda pair: len(pair[0]) + len(pair[1]))
+    parts = [collate_pairs(ragged[i : i + 2], pad=model.config.pad_id) for i in (0, 2)]
+    with torch.no_grad():
+        found = [loss(model, part)[1] for part in parts]
+    assert parts[0].teacher.labelled != parts[1].teacher.labelled
+    how = TrainSettings(steps=1, global_batch=4, micro_batch=2, order="as_given", save_every=0, log_every=1)
+    train(model, ragged, how, tmp_path, lambda **row: log.append(row))
+    for name, side in (("ce", "student"), ("ref_ce", "teacher")):
+        weights = [2.0 if compat else getattr(part, side).labelled for part in parts]
+        mean = sum(weight * float(part[name]) for weight, part in zip(weights, found, strict=True)) / sum(weights)
+        assert log[0][name] == pytest.approx(mean, rel=1e-5)
+
+
 def _trained(folder: Path, micro: int, **settings) -> torch.Tensor:
     from lab.methods.codi.train import train
     from lab.train import TrainSettings

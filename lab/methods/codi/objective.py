@@ -87,8 +87,10 @@ def alignment(student: Tensor, teacher: Tensor, s: CodiSettings, scale: Tensor |
 
 
 def counts(batch: Pair, s: CodiSettings | None = None) -> dict[str, int]:
-    """What each part is a mean over."""
+    """What each part is a mean over; under compat micro-batches weigh by their rows alone, as the official code averages them."""
     found = {"ce": batch.student.labelled, "ref_ce": batch.teacher.labelled, "distill": len(batch)}
+    if s is not None and s.compat:
+        found = dict.fromkeys(found, len(batch))
     return found if s is None or needs_teacher(s) else {"ce": found["ce"]}
 
 
