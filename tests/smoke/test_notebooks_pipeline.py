@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from papermill.cli import papermill
 
-from lab import files, pipeline, runs
+from lab import files, notebooks, pipeline, runs
 from lab.notebooks import execute
 from lab.pipeline import StepFailed, run_recipe
 from lab.records import StepRecord, results_of
@@ -108,6 +108,15 @@ def test_a_kernel_that_dies_is_a_failure_that_says_so(bench, fresh):
         notebook.read_text().replace("if fail:", "import os\\nos.kill(os.getpid(), 9)\\nif fail:", 1).replace("\\\\n", "\\n")
     )
     with pytest.raises(StepFailed, match="kernel of 1_draw.ipynb died"):
+        run_recipe("mini", "toy")
+
+
+def test_a_kernel_that_keeps_its_last_words_is_a_failure_that_says_so(bench, fresh, monkeypatch):
+    monkeypatch.setattr(notebooks, "PATIENCE_S", 1)
+    notebook = bench / "notebooks" / "mini" / "1_draw.ipynb"
+    silence = "import time\\nget_ipython().kernel.iopub_thread.schedule(lambda: time.sleep(5))\\nif fail:"
+    notebook.write_text(notebook.read_text().replace("if fail:", silence, 1))
+    with pytest.raises(StepFailed, match="kernel of 1_draw.ipynb has not answered for 1 seconds"):
         run_recipe("mini", "toy")
 
 
