@@ -126,16 +126,20 @@ def test_official_losses_depend_on_the_micro_batch_and_ours_do_not(model):
         distil = Distil(**DATA["latent6by1"], **CODI, compat=compat)
         rows = prepare(examples(), Writer(tokenizer(), model.config, distil)).rows
         whole, split = _by_micro_batch(model, distil, rows, 3), _by_micro_batch(model, distil, rows, 2)
-        assert (abs(whole - split) < 1e-4 * whole) is not compat
-    assert official["codi_loss"] > 4.7  # 4 rows at once: 4.607
+        for name, value in whole.items():
+            assert split[name] == pytest.approx(official[f"{name}_loss"] if compat else value, rel=1e-5), name
+        assert whole["codi"] == pytest.approx(4.607, abs=1e-3)
 
 
 def _by_micro_batch(model, distil, rows, size):
+    """The components of one global batch, put together as the trainer does."""
     loss = SFT(distil)
     batches = [batch_of(rows[i : i + size]) for i in range(0, len(rows), size)]
     loss.prepare(model, batches)
     with torch.no_grad():
-        return sum(float(loss(model, batch)[1]["codi"]) * len(batch) for batch in batches) / len(rows)
+        found = [(loss(model, batch)[1], loss.count(batch)) for batch in batches]
+    names = ("teacher_ce", "student_ce", "codi")
+    return {n: sum(float(part[n]) * items[n] for part, items in found) / sum(items[n] for _, items in found) for n in names}
 
 
 def test_aligned_training_pass_equals_the_general_one(model):

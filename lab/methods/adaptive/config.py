@@ -96,7 +96,7 @@ class Distil(Settings):
     at random (not in the paper: it gives the stop head something to choose from in toy worlds). `weight_codi` compares
     teacher and student at the target token, `weight_mean` the mean of the written reasoning with the mean of the thoughts.
     `blocks` keeps the transformer blocks a..b (0-based, inclusive). `compat` follows the official code where it differs from
-    its own description: rows without written reasoning count as zeros in the mean loss.
+    its own description: losses are means of micro-batches, rows without written reasoning count as zeros in the mean loss.
     """
 
     mode: Literal["cot", "no cot", "latent"] = "latent"

@@ -64,7 +64,11 @@ class SFT:
         return sum(parts.values()), parts | told
 
     def count(self, batch: Pair | Plan) -> dict[str, int]:
-        """Items of each component in a batch."""
+        """Items of each component in a batch; with `compat` rows, so that a loss is the mean of its micro-batches' means."""
+        found = self._items(batch)
+        return dict.fromkeys(found, len(batch)) if self.distil.compat else found
+
+    def _items(self, batch: Pair | Plan) -> dict[str, int]:
         if isinstance(batch, Plan):
             return {"teacher_ce": batch.labelled}
         thoughts = 0 if self.distil.mask_thought_labels else int((batch.student.counts + 1).sum())
@@ -72,7 +76,7 @@ class SFT:
         if self.distil.weight_codi:
             found["codi"] = len(batch)
         if self.distil.weight_mean:
-            found["mean_reasoning"] = len(batch) if self.distil.compat else int(_comparable(batch).sum())
+            found["mean_reasoning"] = int(_comparable(batch).sum())
         return found
 
     @torch.no_grad()
