@@ -257,6 +257,10 @@ def test_released_latent_tts_folder(tmp_path: Path):
     assert model.method == "codi" and model.config.prj_dim == 48 and model.config.bot_id == 61
     torch.testing.assert_close(model.parts.prj.ln.weight, state["projector.4.weight"])
     assert generate(model, [[3, 4, 5, 61]], max_new_tokens=4).rows[0].thoughts == 4
+    model = load(tmp_path, tokenizer=str(FIXTURES / "tok_gpt2"))
+    assert model.prompt(" Tom has  5. ") == [*model.tokenizer(" Tom has  5. ").input_ids, 61], (
+        "the released scripts read questions as they are"
+    )
 
 
 def test_unusable_examples_are_dropped_counted_and_named():

@@ -92,6 +92,7 @@ class LatentTTSRelease:
             prj_dim=config.projector_hidden_size,
             prj_dropout=getattr(config, "projector_dropout", 0.0),
             lora_r=0,
+            raw_question=True,
             bot_id=ids["start_id"],
             eot_id=ids["end_id"],
             pad_id=ids["latent_id"],

@@ -33,6 +33,7 @@ class CodiSettings(Settings):
     align_embedding: bool = True  # the embedding output is one of the compared layers
     teacher_pass: Literal["shared", "separate"] = "shared"  # separate: a second pass (other dropout) gives the targets
     data_name: Format = "icot"
+    raw_question: bool = False  # read as it is (LatentTTS), not stripped with double spaces made one
     remove_eos: bool = True
     include_last_cot: bool = False
     max_token_num: int = Field(1000, ge=1)

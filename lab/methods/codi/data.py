@@ -25,7 +25,7 @@ class Pieces(NamedTuple):
 
 def question_text(question: str, s: CodiSettings, training: bool = False) -> str:
     """The question as it is read; the official code ends it with a line break in training only (`distill.md` 7, A8)."""
-    text = question.strip().replace("  ", " ")
+    text = question if s.raw_question else question.strip().replace("  ", " ")
     line_end = not s.data_name.startswith("icot") and (training or not s.compat)
     return text + "\n" if line_end else text
 
