@@ -114,7 +114,8 @@ def test_a_kernel_that_dies_is_a_failure_that_says_so(bench, fresh):
 def test_a_kernel_that_keeps_its_last_words_is_a_failure_that_says_so(bench, fresh, monkeypatch):
     monkeypatch.setattr(notebooks, "PATIENCE_S", 1)
     notebook = bench / "notebooks" / "mini" / "1_draw.ipynb"
-    silence = "import time\\nget_ipython().kernel.iopub_thread.schedule(lambda: time.sleep(5))\\nif fail:"
+    words = ("import sys, time", "sys.stdout.flush_timeout = sys.stderr.flush_timeout = 0.1", "kernel = get_ipython().kernel")
+    silence = "\\n".join((*words, "kernel.iopub_thread.schedule(lambda: time.sleep(5))", "if fail:"))
     notebook.write_text(notebook.read_text().replace("if fail:", silence, 1))
     with pytest.raises(StepFailed, match="kernel of 1_draw.ipynb has not answered for 1 seconds"):
         run_recipe("mini", "toy")
