@@ -128,7 +128,7 @@ def _completed(model: LatentModel, rows: list[Part], count: int, sampler: Sample
         rollouts=how.rollouts,
         seed=sampler.seed,
         budget=Budget(thoughts=64 if fixed is None else count, answer=how.answer),
-        dropout=sampler.masks(model, fixed),
+        dropout=sampler.completing.masks(model, fixed),
         questions=torch.tensor([question.number for question, _ in rows]),
         numbers=rows[0][1],
     )

@@ -63,6 +63,11 @@ class Sampler(Settings):
         settings = dropout(self.regime, self.strength, model.decoder)
         return DropoutRegime(settings.but(answer=True) if model.method == "dtt" else settings, count)
 
+    @property
+    def completing(self) -> "Sampler":
+        """What completes a prefix in annotation: itself, with dropout on through the answer where the released script has it (2.6)."""
+        return self.but(regime="annotation-rollouts") if self.regime == "annotation" else self
+
     def options(self, model: LatentModel, thoughts: int = 0) -> dict[str, Any]:
         """What `model.generate` must be told, beside its budgets; `thoughts` 0 = what the model was trained with."""
         told: dict[str, Any] = {"seed": self.seed, "sampling": Sampling(temperature=self.temperature)}

@@ -115,6 +115,12 @@ def test_labels_do_not_depend_on_the_batch_and_agree_with_the_verdict_at_the_end
             torch.testing.assert_close(a.labels[:, -1], a.corrects.float())
 
 
+def test_completions_of_the_annotation_regime_are_answered_under_dropout(model, pool, tmp_path):
+    heavy = [Sampler(by="dropout", strength=0.6, regime=regime) for regime in ("annotation", "annotation-rollouts")]
+    ours, official = (label(model, pool, sampler, HOW, tmp_path / sampler.regime) for sampler in heavy)
+    assert ours and all(torch.equal(a.labels, b.labels) for a, b in zip(ours, official, strict=True))
+
+
 def test_shards_and_a_killed_annotation_give_the_same_labels(model, pool, tmp_path):
     whole = label(model, pool, NOISE, HOW, tmp_path / "whole")
     for shard in ((0, 2), (1, 2)):
