@@ -44,6 +44,10 @@ class DeviceError(LabError):
     status = 3
 
 
+class OutOfMemory(DeviceError):
+    """A device without room for a micro-batch, which may be made smaller."""
+
+
 class TrainingError(LabError):
     """Training that cannot go on: diverged for good, or data that gives it nothing to learn."""
 

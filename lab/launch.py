@@ -87,7 +87,7 @@ def launch(
 
     Raises the function's own LabError; DeviceError if devices or processes are missing or one died. An interrupt stops all of them.
     """
-    nodes, address = nodes or _nodes(), address or os.environ.get("LAB_ADDRESS", "")
+    nodes, address = nodes or machines(), address or os.environ.get("LAB_ADDRESS", "")
     if processes * nodes == 1:
         return function(**arguments)
     check_devices(processes)
@@ -143,7 +143,8 @@ def check_devices(processes: int) -> None:
         raise DeviceError(f"{processes} processes asked for, but this machine has {torch.cuda.device_count()} GPU(s).")
 
 
-def _nodes() -> int:
+def machines() -> int:
+    """How many machines every launch is over (LAB_NODES; default 1)."""
     text = os.environ.get("LAB_NODES", "1")
     if not text.isdigit() or int(text) < 1:
         raise SettingsError(f"LAB_NODES = {text!r} is not a number of machines.")

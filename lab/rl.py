@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lab.errors import DataError, DeviceError, SettingsError, TrainingError
+from lab.errors import DataError, OutOfMemory, SettingsError, TrainingError
 from lab.latent.draws import Keyed
 from lab.launch import on_main, world_size
 from lab.optim import Schedule, lr_factor
@@ -134,6 +134,16 @@ class RLSettings(Common):
             )
         return self
 
+    def micro(self, world: int) -> int:
+        """Completions at a time in each of `world` processes."""
+        whole = self.prompts * self.samples
+        return min(self.micro_batch or whole, whole // world)
+
+    def smaller(self, world: int) -> Self | None:
+        """The same with about half the completions at a time; None where it is one already."""
+        share, now = self.prompts * self.samples // world, self.micro(world)
+        return next((self.but(micro_batch=count) for count in range(now // 2, 0, -1) if share % count == 0), None)
+
     def rate(self, step: int) -> float:
         """The fraction of `lr` at `step` (0-based)."""
         return lr_factor(step, self.steps, self.schedule, self.warmup_steps)
@@ -192,9 +202,7 @@ def reinforce(
 
         while True:
             try:
-                trainer = train_guarded(
-                    build, ring, settings.guard, recovery, lambda event, step: write_row({"event": event, "step": step})
-                )
+                trainer = train_guarded(build, ring, settings.guard, recovery, note)
                 break
             except torch.OutOfMemoryError as error:
                 settings = _halved(settings, ring, error)
@@ -203,14 +211,12 @@ def reinforce(
 
 
 def _halved(s: RLSettings, ring: Ring, error: torch.OutOfMemoryError) -> RLSettings:
-    """Settings with about half the micro-batch, to go on with from the last checkpoint; DeviceError where that is no way out."""
-    whole = s.prompts * s.samples
-    now = s.micro_batch or whole
-    if world_size() > 1 or now == 1 or not ring.steps():
-        raise DeviceError(f"Out of memory at {now} completions at a time; set a smaller micro_batch, fewer prompts or samples.") from error
-    smaller = next(count for count in range(now // 2, 0, -1) if whole % count == 0)
-    log.warning("Out of memory: micro-batch reduced to %d completions, a step's %d stay; back to the last checkpoint.", smaller, whole)
-    return s.but(micro_batch=smaller)
+    """Settings with about half the micro-batch, to go on with from the last checkpoint; OutOfMemory where that is no way out."""
+    smaller, now = s.smaller(world_size()), s.micro(world_size())
+    if world_size() > 1 or smaller is None or not ring.steps():
+        raise OutOfMemory(f"Out of memory at {now} completions at a time; set a smaller micro_batch, fewer prompts or samples.") from error
+    log.warning("Out of memory: micro-batch reduced to %d completions, a step's stay; back to the last checkpoint.", smaller.micro_batch)
+    return smaller
 
 
 def _check(model: nn.Module, prompts: Sequence, columns: Mapping[str, Sequence], rewards: Mapping, s: RLSettings) -> None:
@@ -226,6 +232,8 @@ def _check(model: nn.Module, prompts: Sequence, columns: Mapping[str, Sequence],
         raise SettingsError("Gradient checkpointing is on in the model: it drops the cache that thoughts need. Switch it off.")
     if (s.prompts * s.samples) % world_size():
         raise SettingsError(f"{s.prompts * s.samples} completions cannot be shared by {world_size()} processes.")
+    if (share := s.prompts * s.samples // world_size()) % s.micro(world_size()):
+        raise SettingsError(f"micro_batch {s.micro_batch} does not divide the {share} completions of each of {world_size()} processes.")
 
 
 class PromptOrder:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lab import files, optim
 from lab.config import Settings
-from lab.errors import DataError, RunError, SettingsError
-from lab.launch import check_world, launch, on_main, rank, send_row, world_size
+from lab.errors import DataError, OutOfMemory, RunError, SettingsError
+from lab.launch import check_world, launch, machines, on_main, rank, send_row, world_size
 from lab.optim import Group, Schedule
 from lab.progress import Progress
 from lab.sharding import NOT_OFFERED, Sharding
@@ -103,6 +103,14 @@ class TrainSettings(Common):
     def warmup(self, total: int) -> int:
         """Warm-up steps of a training of `total` steps."""
         return self.warmup_steps or math.ceil(self.warmup_ratio * total)
+
+    def micro(self, world: int) -> int:
+        """Rows at a time in each of `world` processes."""
+        return min(self.micro_batch or self.global_batch, self.global_batch // world)
+
+    def smaller(self, world: int) -> Self | None:
+        """The same with half the rows at a time; None where it is one already."""
+        return self.but(micro_batch=math.ceil(self.micro(world) / 2)) if self.micro(world) > 1 else None
 
     def rate(self, step: int, total: int) -> float:
         """The fraction of `lr` at `step` (0-based)."""
@@ -207,15 +215,36 @@ def fit(
 def together(
     train: Callable[..., TrainResult], model: nn.Module, settings: Common, logger: Callable | None, **arguments: Any
 ) -> TrainResult:
-    """What `train(model=…, settings=…, **arguments)` comes to in `settings.processes` processes, which leaves its weights in `model`."""
+    """What `train(model=…, settings=…, **arguments)` comes to in `settings.processes` processes, which leaves its weights in `model`.
+
+    Where one of them runs out of memory all are started again from the last checkpoint, with half the micro-batch.
+    """
     if world_size() > 1:
         raise SettingsError(f"These are {world_size()} processes already; set processes to 1 in the training's settings.")
-    alone = settings.but(processes=1)
-    arguments |= {"model": model, "settings": alone, "step_logger": _send if logger else None}
+    arguments |= {"model": model, "step_logger": _send if logger else None}
     on_row = (lambda row: logger(**row)) if logger else None
-    result, weights = launch(_trained, settings.processes, on_row=on_row, train=train, arguments=arguments)
-    _take_up(model, weights)
-    return result
+    while True:
+        arguments |= {"settings": settings.but(processes=1)}
+        try:
+            result, weights = launch(_trained, settings.processes, on_row=on_row, train=train, arguments=arguments)
+        except OutOfMemory as error:
+            settings = _with_less(settings, error, Path(arguments["folder"]), logger)
+            arguments |= {"resume": True} if "resume" in arguments else {}
+            continue
+        _take_up(model, weights)
+        return result
+
+
+def _with_less(s: Any, error: OutOfMemory, folder: Path, logger: Callable | None) -> Any:
+    """Settings to start again with; `error` where the micro-batch cannot be smaller."""
+    smaller, step = s.smaller(s.processes * machines()), max(Ring(folder, s.keep).steps(), default=0)
+    if smaller is None:
+        raise error
+    log.warning(
+        "Out of memory: all processes go on from step %d with a micro-batch of %d, the global batch stays.", step, smaller.micro_batch
+    )
+    row_writer(folder, logger)({"event": "out_of_memory", "step": step, "micro_batch": smaller.micro_batch})
+    return smaller
 
 
 def _send(**row: Any) -> None:
@@ -278,11 +307,9 @@ def check_common(s: Common) -> None:
 
 
 def _plan(make: Callable, s: TrainSettings, examples: int, lengths: Sequence[int] | None) -> Any:
-    share = s.global_batch // world_size()
-    if share == 0:
+    if s.global_batch < world_size():
         raise SettingsError(f"global_batch {s.global_batch} is smaller than the number of processes ({world_size()}).")
-    micro = min(s.micro_batch or s.global_batch, share)
-    return make(s.total(examples), examples, s.global_batch, micro, s.seed, s.order == "shuffle", lengths)
+    return make(s.total(examples), examples, s.global_batch, s.micro(world_size()), s.seed, s.order == "shuffle", lengths)
 
 
 def open_folder(folder: Path, model: nn.Module, s: Common, examples: int, write_row: Callable, resume: bool = True) -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from lab import files, optim, sharding
-from lab.errors import DeviceError, TrainingError
+from lab.errors import OutOfMemory, TrainingError
 from lab.launch import check_world, on_main, rank, world_size
 from lab.stability.guarded import STATE, WEIGHTS, Diverged, Guarded
 
@@ -249,11 +249,11 @@ class Supervised(Guarded, Trainer):
         return batch.to(self.args.device) if hasattr(batch, "to") else self._prepare_input(batch)
 
     def _make_room(self, model: nn.Module, error: RuntimeError) -> None:
-        """Halves the micro-batch after an out-of-memory error; anything else, or nothing left to halve, goes on upwards."""
+        """Halves the micro-batch after an out-of-memory error; anything else goes on upwards, as does what one process cannot settle."""
         if not _out_of_memory(error):
             raise error
         if world_size() > 1 or self.plan.micro_batch == 1:
-            raise DeviceError(
+            raise OutOfMemory(
                 f"Out of memory at a micro-batch of {self.plan.micro_batch}; set a smaller micro_batch (the global batch stays), "
                 "shorter sequences or a smaller model."
             ) from error

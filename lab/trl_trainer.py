@@ -262,7 +262,7 @@ class _Stream(Sampler):
 
 def _arguments(s: RLSettings, folder: str, clip: float, weights: list[float]) -> GRPOConfig:
     whole = s.prompts * s.samples
-    micro = min(s.micro_batch or whole, whole // world_size())
+    micro = s.micro(world_size())
     pieces = whole // (micro * world_size())
     return GRPOConfig(
         output_dir=folder,

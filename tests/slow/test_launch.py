@@ -79,6 +79,18 @@ def test_settings_ask_for_processes_and_the_model_here_learns(tmp_path, one):
     assert two["weights"] == pytest.approx(one["weights"], rel=1e-5)
 
 
+def test_where_one_of_two_processes_runs_out_of_memory_both_go_on_with_half_the_micro_batch(tmp_path, caplog):
+    one = targets.train(str(tmp_path / "one"), dropout=0.0, loss=targets.greedy)
+    two = targets.train(str(tmp_path / "two"), dropout=0.0, processes=2, loss=targets.greedy)
+    rows = files.read_lines(tmp_path / "two" / "metrics.jsonl")
+    assert [row for row in rows if row.get("event")] == [
+        {"event": "out_of_memory", "step": 4, "micro_batch": 1},
+        {"event": "resume", "step": 4},
+    ]
+    assert "all processes go on from step 4 with a micro-batch of 1" in caplog.text
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-6) and two["weights"] == pytest.approx(one["weights"], rel=1e-5)
+
+
 def test_two_machines_of_one_process_train_as_one_does(tmp_path, one, monkeypatch):
     """The second machine is a process that knows the address of the first and nothing else."""
     address = f"127.0.0.1:{free_port()}"
