@@ -191,6 +191,36 @@ def test_a_config_without_the_deciders_cap_loses_no_token(tmp_path):
         torch.testing.assert_close(out.logits[VALID], OUTPUTS["mlp_eval.logits"][VALID], **LOGITS)
 
 
+def test_evaluation_decides_by_the_trained_weights_at_a_threshold_of_its_own(tmp_path):
+    folder = changed(tmp_path, eval_iter_decider_kwargs={"threshold": 0.6})
+    for model in (
+        layouts.load(folder),
+        layouts.load(layouts.load(folder).save(tmp_path / "own")),
+        official().reconfigure(eval_iter_decider_kwargs={"threshold": 0.6}).eval(),
+    ):
+        with torch.no_grad():
+            out = model(IDS, MASK)
+        torch.testing.assert_close(out.decider_logit[VALID], OUTPUTS["mlp_eval.decider_logits_depth1"], **LOGITS)
+        assert torch.equal(out.again[VALID], OUTPUTS["mlp_eval.decider_logits_depth1"].sigmoid() > 0.6)
+        assert model.decider.effective_threshold != 0.6 and len({id(p) for p in model.parameters()}) == len(list(model.parameters()))
+        model.set_threshold(0.9)
+        assert model.active_decider().effective_threshold == pytest.approx(0.9)
+    kwargs = {**official().tah.iter_decider_kwargs, "load_path": str(CHECKPOINT)}
+    other = layouts.load(
+        CHECKPOINT,
+        iter_decider="IterLabelDecider",
+        iter_decider_kwargs={"max_iter": 2},
+        eval_iter_decider="MLPIterDecider",
+        eval_iter_decider_kwargs=kwargs,
+    )
+    again = layouts.load(other.save(tmp_path / "evaluated"))
+    with torch.no_grad():
+        for model in (other, again):
+            assert torch.equal(model(IDS, MASK).iterations, OUTPUTS["mlp_eval.iter_count"])
+    with pytest.raises(SettingsError, match="load_path"):
+        official(eval_iter_decider_kwargs={"hidden_dims": [8]})
+
+
 def test_an_old_config_without_output_updater_does_not_add_logits(tmp_path):
     model = layouts.load(changed(tmp_path, input_updater="TrivialUpdater", iter_attention_mode="duo"))
     with torch.no_grad():

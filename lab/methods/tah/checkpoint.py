@@ -82,24 +82,27 @@ def _with_adapter(config: TahConfig, folder: Path) -> TahConfig:
 
 
 def load_decider(model: TahModel, folder: Path) -> None:
-    """Fill the MLP decider from `iter_decider.bin` (or that of its `load_path`); other deciders have nothing to load.
+    """Fill the MLP deciders from `iter_decider.bin` (or that of their `load_path`); other deciders have nothing to load.
 
     The configured threshold wins over the stored one; a file of another class is not loaded into this one (spec 7.2.2).
     """
-    decider = next((d for d in (model.decider, model.eval_decider) if isinstance(d, MLPDecider)), None)
-    if decider is None:
-        return
-    path = Path(decider.settings.load_path or folder) / DECIDER
+    trained, other = model.tah.iter_decider_kwargs, model.tah.eval_iter_decider_kwargs
+    own = {**trained, **other} if model.tah.eval_iter_decider == "iter_decider" else other
+    for decider, kwargs in ((model.decider, trained), (model.eval_decider, own)):
+        if isinstance(decider, MLPDecider):
+            _fill_decider(decider, Path(decider.settings.load_path or folder) / DECIDER, keep_threshold="threshold" in kwargs)
+
+
+def _fill_decider(decider: MLPDecider, path: Path, keep_threshold: bool) -> None:
     saved = read_torch(path)
     name = ALIASES.get(saved["class"], saved["class"])
     if name != "MLPIterDecider":
         raise CheckpointError(
             f"{str(path)!r} holds a {name}, the settings ask for an MLPIterDecider: train step 2, or set iter_decider to {name!r}."
         )
-    configured = "threshold" in {**model.tah.iter_decider_kwargs, **model.tah.eval_iter_decider_kwargs}
-    own = float(decider.threshold) if configured else float(saved["state_dict"]["threshold"])
+    threshold = float(decider.threshold) if keep_threshold else float(saved["state_dict"]["threshold"])
     load_exact(decider, saved["state_dict"], what=str(path))
-    decider.set_threshold(own)
+    decider.set_threshold(threshold)
 
 
 def save_official(model: TahModel, folder: Path | str, generation: str = "new") -> Path:

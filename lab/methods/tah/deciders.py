@@ -197,6 +197,14 @@ class MLPDecider(Decider):
         self.threshold.data.fill_(rounded)
         self.effective_threshold = rounded
 
+    def share(self, other: "MLPDecider") -> None:
+        """Decide by the weights of `other` from now on, at a threshold of one's own; SettingsError where its shape is another."""
+        free = {"threshold": 0.5, "max_iter": None, "dropout_rate": 0.0, "dtype": "float32", "load_path": ""}
+        if self.settings.but(**free) != other.settings.but(**free):
+            raise SettingsError("The evaluation decider has another shape than the trained one, so it needs weights of its own: load_path.")
+        for name, part in other.named_children():
+            setattr(self, name, part)
+
     def logit(self, seen: Seen) -> Tensor:
         hidden, top = seen.hidden, seen.top.float()
         hidden = top.new_zeros(seen.count, self.width) if hidden is None else hidden.reshape(seen.count, -1).float()

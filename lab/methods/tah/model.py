@@ -117,6 +117,7 @@ class TahModel(LatentModel):
         self.tah, self.config = config, backbone.config
         own = config.eval_iter_decider != "iter_decider" or bool(config.eval_iter_decider_kwargs)
         self.eval_decider = _build(backbone, *config.eval_decider(), reference) if own else None
+        self._share_decider()
         self.decoder = decoder_for(backbone, self.lora)
         if lora is not None:
             set_grad(backbone, lora.base_grad)
@@ -128,10 +129,13 @@ class TahModel(LatentModel):
 
     def set_threshold(self, value: float) -> None:
         """Let the MLP decider decide at `value` from now on, and remember it in the settings that are saved."""
-        if not isinstance(self.decider, MLPDecider):
+        deciders = {"iter_decider_kwargs": self.decider, "eval_iter_decider_kwargs": self.eval_decider}
+        deciders = {name: decider for name, decider in deciders.items() if isinstance(decider, MLPDecider)}
+        if not deciders:
             raise SettingsError(f"Only the MLP decider has a threshold; this model's is {self.tah.iter_decider}.")
-        self.decider.set_threshold(value)
-        self._remember(self.tah.but(iter_decider_kwargs={**self.tah.iter_decider_kwargs, "threshold": float(value)}))
+        for decider in deciders.values():
+            decider.set_threshold(value)
+        self._remember(self.tah.but(**{name: {**getattr(self.tah, name), "threshold": float(value)} for name in deciders}))
 
     def reconfigure(self, **changes) -> "TahModel":
         """A model on the same backbone and adapter (nothing copied) under changed settings; a decider of other settings starts fresh."""
@@ -142,7 +146,17 @@ class TahModel(LatentModel):
             other.decoder = decoder_for(self.backbone, self.lora)
         if config.decider() == self.tah.decider():
             other.parts["decider"] = self.decider
+            other._share_decider()
         return other
+
+    def _share_decider(self) -> None:
+        """Evaluation decides by the trained MLP's weights, unless it names others of its own (which then are a part of the model)."""
+        if isinstance(self.eval_decider, MLPDecider):
+            trained = self.decider if isinstance(self.decider, MLPDecider) else None
+            if trained is not None and self.eval_decider.settings.load_path == trained.settings.load_path:
+                self.eval_decider.share(trained)
+            else:
+                self.parts["eval_decider"] = self.eval_decider
 
     def _remember(self, config: TahConfig) -> None:
         self.tah, self.settings = config, config.model_dump(mode="json")
