@@ -47,6 +47,14 @@ def test_the_training_checkpoint_opens_on_its_backbone(official):
     torch.testing.assert_close(model.backbone.model.layers[1].self_attn.v_proj.weight, frozen[f"{stem}.base_layer.weight"] + change)
 
 
+def test_the_scale_of_thoughts_is_the_published_one_of_a_known_backbone(official, tmp_path):
+    named = tmp_path / "DeepSeek-R1-Distill-Qwen-1.5B"
+    named.symlink_to(official / "base")
+    stds = [lab.load(official / "colar_best.ckpt", backbone=str(base), **IDS).config.embeds_std for base in (named, official / "base")]
+    table = load_file(FOLDER / "frozen_base_state.safetensors")["llm.base_model.model.model.embed_tokens.weight"]
+    assert stds == [0.03, pytest.approx(float(table.std()))]
+
+
 def test_what_the_file_cannot_say_is_asked_for(official):
     with pytest.raises(SettingsError, match="backbone="):
         lab.load(official / "colar_best.ckpt", **IDS)

@@ -21,6 +21,13 @@ MODEL = ColarModel
 LLM, HEAD, RELEASED = "llm.", "latent_policy.", "lt_head."
 ALPHA = 32.0  # of every published recipe, with r = 128
 ANSWERS = ("backbone", "tokenizer", "lora_alpha", "embeds_std", "sep_id", "eos_id")
+PUBLISHED_STD = {  # by the backbone's name, as the official code looks `embeds_std` up (colar.md 2.1)
+    "Llama-3.2-1B-Instruct": 0.018,
+    "Llama-3.2-3B-Instruct": 0.018,
+    "Llama-3.1-8B-Instruct": 0.008,
+    "DeepSeek-R1-Distill-Qwen-1.5B": 0.03,
+    "gpt2": 0.12,
+}
 
 
 class OfficialCheckpoint:
@@ -38,7 +45,8 @@ class OfficialCheckpoint:
         """The model with its adapters added.
 
         `backbone=` names the model it was trained from (always needed: frozen weights are not in the file). Further: `tokenizer=`,
-        `lora_alpha=` (32 in every recipe), `embeds_std=` (measured on the embeddings otherwise), `sep_id=`, `eos_id=`.
+        `lora_alpha=` (32 in every recipe), `embeds_std=` (the official code's for backbones it knows by name, else measured on the
+        embeddings), `sep_id=`, `eos_id=`.
         """
         check_answers(answers, ANSWERS)
         path = folder if folder.is_file() else folder / layout.found["file"]
@@ -46,7 +54,8 @@ class OfficialCheckpoint:
             raise SettingsError(f"{path.name} holds only what was trained; pass backbone='…', the model it was trained from.")
         state = read_state(path)
         base, tokenizer = load_backbone(answers["backbone"]), tokenizer_from(answers, path.parent)
-        s = _settings(state, HEAD, answers, base, tokenizer)
+        known = {"embeds_std": PUBLISHED_STD.get(Path(answers["backbone"]).name)}
+        s = _settings(state, HEAD, known | answers, base, tokenizer)
         body = {key.replace(".default.", "."): value for key, value in part(state, LLM).items()}
         _add(base, body, answers.get("lora_alpha", ALPHA), path.name)
         return _built(base, tokenizer, s, state, HEAD, path)
