@@ -58,8 +58,10 @@ class HFDecoder:
         self.config = self.model.config
         if lora is not None:
             raise SettingsError(f"Gated adapters need one of the architectures lab steps through itself, not {self.config.model_type!r}.")
-        if set(getattr(self.config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds and set(kinds) != {"full_attention"}:
             raise SettingsError(f"{self.config.model_type!r} mixes attention types; lab feeds thoughts back through full attention only.")
+        self.window = None if kinds else getattr(self.config, "sliding_window", None)  # of every layer (Mistral)
         self.table, self.head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
 
     def __call__(self, x: Tensor, pos: Tensor, kv: HFKV, *, valid=None, depth=0, lora_gate=None, dropout=None, taps=(), patch=None):
@@ -69,6 +71,8 @@ class HFDecoder:
             raise SettingsError(f"Dropout masks, slot depths, adapters and patches are not available for {self.config.model_type!r}.")
         kv.add(pos, torch.ones_like(pos, dtype=torch.bool) if valid is None else valid.bool())
         visible = (kv.pos[:, None] <= pos[:, :, None]) & kv.valid[:, None]
+        if self.window is not None:
+            visible &= kv.pos[:, None] > pos[:, :, None] - self.window
         bias = torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill_(~visible, BLOCKED)[:, None]
         out = self.model.base_model(
             inputs_embeds=x,

@@ -9,6 +9,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -48,6 +50,15 @@ def backbone(name):
     kinds = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
     config, model = kinds[name]
     return model(config(**GROUPED, **({"head_dim": 8} if name == "qwen3" else {}))).eval()
+
+
+@torch.no_grad()
+def test_a_sliding_window_of_all_layers_is_kept():
+    model = MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=4)).eval()
+    decoder, ids = decoder_for(model), torch.tensor([[0, 0, 5, 6, 7, 8, 9, 10, 11, 12]])
+    valid = torch.arange(10)[None] > 1
+    out = decoder(decoder.embed(ids), (valid.cumsum(1) - 1).clamp(min=0), decoder.slots(1, 10), valid=valid).last
+    torch.testing.assert_close(decoder.logits(out)[0, 2:], model(ids[:, 2:]).logits[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(params=["gpt2", "llama", "qwen2", "qwen3", "neox"])
