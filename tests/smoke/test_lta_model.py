@@ -18,11 +18,12 @@ from lab.methods.lta.checkpoint import export_official
 from lab.methods.lta.config import LtaSettings
 from lab.methods.lta.losses import alignment, answer_vector, focus
 from lab.methods.lta.model import ThoughtModel
-from lab.methods.lta.objective import info_nce, loss
+from lab.methods.lta.objective import counter, info_nce, loss
 from lab.methods.lta.policy import prompted, to_batch
 from lab.methods.lta.prompting import Pack, build, own_pack
 from lab.methods.softcot.model import SoftcotModel
 from lab.models.backbones import load_backbone
+from lab.train import TrainSettings, fit
 
 EXAMPLES = [
     Example("a", "Tom has 3 pens and buys 4. How many?", ("3+4=7",), "7"),
@@ -58,6 +59,16 @@ def test_only_the_generator_learns(kind, weights):
     assert all(p.grad is not None and p.grad.abs().max() > 0 for name, p in m.parts.named_parameters() if "in_proj_bias" not in name)
     assert all(p.grad is None for p in m.backbone.parameters())
     assert set(parts) == ({"sft"} if weights or kind == "static" else {"sft", "con", "kl"})
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_an_accumulated_step_can_be_the_mean_of_its_micro_batches(averaged, tmp_path):
+    m, told = model(mean_of_means=averaged), []
+    rows = [build(example, 3, tokenizer=m.tokenizer, family="qwen3", task="gsm8k", split="train") for example in EXAMPLES]
+    each = [float(loss(m.train(), to_batch(m, [row]))[0].detach()) for row in rows]
+    how = TrainSettings(steps=1, global_batch=2, micro_batch=1, save_every=0, log_every=1, device="cpu")
+    fit(m, rows, lambda some: to_batch(m, some), loss, how, tmp_path, lambda **row: told.append(row), count=counter(m))
+    assert (told[0]["loss"] == pytest.approx(sum(each) / 2, rel=1e-5)) is averaged
 
 
 def test_hiding_the_solution_is_the_same_as_not_showing_it():

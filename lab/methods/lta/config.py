@@ -66,6 +66,7 @@ class LtaSettings(Settings):
     sft_loss_weight: float = Field(0.33, ge=0)
     contrastive_loss_weight: float = Field(0.33, ge=0)
     kl_loss_weight: float = Field(0.33, ge=0)
+    mean_of_means: bool = False  # cross-entropy of an accumulated step: the mean of its micro-batches' means (official), not of all tokens
     inner: int = Field(0, ge=0)  # inner width of the block; 0 = the base's
     eps: float = Field(1e-6, gt=0)
     assistant_id: str = ""  # the small model, where one is used

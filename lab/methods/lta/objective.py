@@ -61,7 +61,7 @@ def counter(model: ThoughtModel) -> Callable[[ThoughtBatch], dict[str, int]]:
     s = model.config
     names = ("sft", "con", "kl") if s.shaped else ("sft",)
     names += ("nce",) if s.num_scaling_times > 1 and s.nce else ()
-    return lambda batch: {name: batch.labelled if name == "sft" else len(batch) for name in names}
+    return lambda batch: {name: batch.labelled if name == "sft" and not s.mean_of_means else len(batch) for name in names}
 
 
 def warn_if_dead(steps: Tensor, valid: Tensor) -> None:

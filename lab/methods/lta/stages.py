@@ -108,7 +108,7 @@ def start(values: dict[str, Any]) -> ThoughtModel:
             raise SettingsError("generator = 'assistant' needs the small model; name it with small_model_id.")
         assistant = load_backbone(small, dtype=values["dtype"])
     names = ("num_thought_tokens", "train_thoughts", "gold_steps", "focus_positions", "distinct_slots", "num_scaling_times", "nce")
-    names += ("tune_base_model", "tune_assistant_model")
+    names += ("mean_of_means", "tune_base_model", "tune_assistant_model")
     weights = ("sft_loss_weight", "contrastive_loss_weight", "kl_loss_weight")
     settings = LtaSettings.check(
         generator=generator,
