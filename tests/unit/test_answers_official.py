@@ -9,6 +9,7 @@ import pytest
 from lab.data import score
 from lab.data.answers import RULES, official, official_math, strict
 from lab.errors import SettingsError
+from lab.sampling.votes import vote
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -60,7 +61,7 @@ def test_adaptive():
     found = [strict(text, data["label"], "adaptive") for text in data["texts"]]
     assert [answer is None for answer, _ in found].count(True) == 2  # one of bad format, one with nothing behind the phrase
     assert [correct for i, (_, correct) in enumerate(found) if i != 3] == data["out"]["correct_list"]
-    assert strict("10", "10", "adaptive-override") == ("10.0", True)
+    assert strict("10", "10", "adaptive-override") == ("10", True)
 
 
 @pytest.mark.parametrize("backbone", ["coconut", "codi", "colar"])
@@ -81,6 +82,7 @@ def test_colar():
     for case in fixture("colar/meta.json")["answers"]:
         assert official.colar(case["output"]) == case["extracted"]
         assert strict(case["output"], case["gt"], "colar")[1] == bool(case["acc"]), case
+    assert not strict("Answer:nan", "nan", "colar")[1] and strict("Answer:inf", "infinity", "colar")[1], "compared as floats where both are"
 
 
 def test_lta():
@@ -93,6 +95,8 @@ def test_lta():
         assert RULES[rules[case["task"]]].gold(case["answer_field"]) == case["value"], case
     assert strict("\\boxed{\\sqrt2}", "\\sqrt{2}", "lta-math")[1]
     assert strict("no", "yes", "lta-strategyqa") == ("False", False)
+    asked = [strict(text, "18", "lta-gsm8k")[0] for text in ("is 7", "is 18", "is 7", "is 18.0", "is $18.00")]
+    assert vote(asked, official=True, once=True) == "18", "18 and 18.0 are one answer to the published counting"
 
 
 def test_hrpo():

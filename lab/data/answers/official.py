@@ -92,8 +92,10 @@ def colar(text: str) -> str:
 
 def _colar_same(answer: str, gold: str) -> bool:
     answer, gold = answer.strip(" \n").rstrip(".,"), gold.strip(" \n").rstrip(".,")
-    x, y = _float(answer), _float(gold)
-    return x == y if x is not None and y is not None else answer == gold
+    try:
+        return float(answer) == float(gold)
+    except ValueError:
+        return answer == gold
 
 
 # -- LTA-Thinker and SoftCoT (lta.md 2.12) --
