@@ -43,13 +43,14 @@ def score(text: str, gold: str, benchmark: str | Benchmark, rule: str | None = N
 
 
 def strict(text: str, gold: str, rule: str) -> tuple[str | None, bool]:
-    """(answer, correct) by the official rule of that name."""
+    """(answer, correct) by the official rule of that name; equal numbers are written alike, so that they vote together."""
     if rule not in RULES:
         raise unknown("strict rule", rule, RULES)
     answer = RULES[rule].extract(text)
     if answer is None:
         return None, False
-    shown = str(answer[-1]) if isinstance(answer, list) else str(answer)
+    shown = answer[-1] if isinstance(answer, list) else answer
+    shown = str(int(shown) if isinstance(shown, float) and shown.is_integer() else shown)
     return shown, bool(RULES[rule].same(answer, RULES[rule].gold(gold)))
 
 
