@@ -37,7 +37,7 @@ class Draws(Protocol):
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _wrap(x: int) -> int:
@@ -46,14 +46,14 @@ def _wrap(x: int) -> int:
 
 def mix(x: Tensor) -> Tensor:
     """A bijective scramble of int64 (the finaliser of splitmix64)."""
-    x = (x ^ _shift(x, 30)) * _MIX1
-    x = (x ^ _shift(x, 27)) * _MIX2
-    return x ^ _shift(x, 31)
+    x = _shift(x, 30).bitwise_xor_(x).mul_(_MIX1)
+    x = _shift(x, 27).bitwise_xor_(x).mul_(_MIX2)
+    return _shift(x, 31).bitwise_xor_(x)
 
 
 def unit(bits: Tensor) -> Tensor:
     """Numbers of 24 bits as uniform ones in the open interval (0, 1); the largest would round to 1, whose normal is infinite."""
-    return ((bits.float() + 0.5) * 2.0**-24).clamp_(max=1 - 2.0**-24)
+    return bits.float().add_(0.5).mul_(2.0**-24).clamp_(max=1 - 2.0**-24)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Keyed:
 
     def normal(self, step: Tensor, stream: int, shape: tuple[int, ...] = ()) -> Tensor:
         """Standard normal, float32, (R, *shape)."""
-        return torch.erfinv(2 * self.uniform(step, stream, shape) - 1) * math.sqrt(2)
+        return self.uniform(step, stream, shape).mul_(2).sub_(1).erfinv_().mul_(math.sqrt(2))
 
     def select(self, rows: Tensor) -> "Keyed":
         return Keyed(self.key[rows])

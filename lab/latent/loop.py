@@ -7,7 +7,7 @@ rows happen to share a batch (draws are keyed, positions and masks are per row).
 Axes: Q prompts, N samples each, R = Q·N rows (question-major), P prompt columns, D width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
@@ -210,7 +210,8 @@ class _Loop:
         index = torch.arange(count, device=h.device)
         made = zeros if thoughts is None else thoughts
         self.rows = Rows(index, h, pos, zeros + int(policy.start), made, zeros, zeros, draws, self.notes)
-        self.total, self.steps, self.row_steps, self.answered = count, 0, 0, False
+        self.total, self.steps, self.row_steps = count, 0, 0
+        self._read: tuple[Tensor | None, list[int]] = (None, [])
         self.made = 0 if thoughts is None else int(thoughts.max())
         self.counts, self.said = zeros.clone(), zeros.clone()
         self.capped = torch.zeros(count, dtype=torch.bool, device=h.device)
@@ -232,11 +233,8 @@ class _Loop:
         """The next input (R, D) of every row; phases and counts move on."""
         if self.edit is not None:
             self.edit.rest()
-        phases = self.rows.phase.tolist()
-        if Phase.THINK in phases:
-            self._at(phases, Phase.THINK, self._halt)
-            phases = self.rows.phase.tolist()
-        self.answered = Phase.ANSWER in phases
+        self._at(self._phases(), Phase.THINK, self._halt)
+        phases = self._phases()
         acts = ((Phase.ANSWER, self._answer), (Phase.CLOSE, self._close), (Phase.THINK, self._think))
         fed = [(at, x) for phase, act in acts for at, x in self._at(phases, phase, act)]
         if len(fed) == 1 and isinstance(fed[0][0], slice):
@@ -246,15 +244,24 @@ class _Loop:
             x[at] = values
         return x
 
+    def _phases(self) -> list[int]:
+        """The phase of every row; fetched once for each tensor of them, which is never changed in place."""
+        if self._read[0] is not self.rows.phase:
+            self._read = (self.rows.phase, self.rows.phase.tolist())
+        return self._read[1]
+
     def _at(self, phases: list[int], phase: Phase, act: Callable) -> list[tuple[slice | Tensor, Tensor]]:
         """Runs `act` on the rows in `phase`: nothing, or one pair of their places and the inputs it returns."""
-        if phase not in phases:
+        count = phases.count(phase)
+        if not count:
             return []
-        picked = [place for place, other in enumerate(phases) if other == phase]
-        if len(picked) == len(phases):
+        if count == len(phases):
             return [(slice(None), act(self.rows, slice(None)))]
-        at = torch.tensor(picked, device=self.rows.index.device)
+        at = self._places(other == phase for other in phases)
         return [(at, act(self.rows.select(at), at))]
+
+    def _places(self, chosen: Iterable[bool]) -> Tensor:
+        return torch.tensor([place for place, this in enumerate(chosen) if this], device=self.rows.index.device)
 
     def _halt(self, rows: Rows, at) -> None:
         stop = self.policy.halt(rows)
@@ -272,27 +279,25 @@ class _Loop:
         x = self.policy.thought(rows)
         if self.edit is not None:
             x = self.edit.vectors(x, rows.index, rows.thoughts)
-        rows.note("thoughts", x)
+        rows.note("thoughts", x, rows.thoughts)
         self._count("thoughts", at)
         return x
 
     def _close(self, rows: Rows, at) -> Tensor:
         closing = torch.tensor(self.policy.closing, device=rows.h.device)
-        x, closed = self.policy.read(closing[rows.closed % len(closing)], rows), rows.closed + 1
-        self._count("closed", at)
+        x, closed = self.policy.read(closing[rows.closed % len(closing)], rows), self._count("closed", at)
         self._move(at, torch.where(closed % len(closing) == 0, int(Phase.ANSWER), int(Phase.CLOSE)))
         return x
 
     def _answer(self, rows: Rows, at) -> Tensor:
         token = self.policy.say(rows)
         stopped = self.policy.stopped(token, rows)
-        rows.note("token", torch.where(stopped, -1, token))
-        x, said = self.policy.read(token, rows), rows.said + 1
+        rows.note("token", token.masked_fill(stopped, -1), rows.said)
+        x = self.policy.read(token, rows)
         if self.edit is not None and (mix := self.policy.mixed(token, rows)) is not None:
             x = self.edit.mixed(x, mix, rows.index)
-        ended = stopped | (said >= self.budget.answer)
         again = self.policy.resumes(token, rows)
-        self._count("said", at)
+        ended = stopped | (self._count("said", at) >= self.budget.answer)
         if again is None:
             self._move(at, ended + int(Phase.ANSWER))  # DONE follows ANSWER
         else:
@@ -303,24 +308,22 @@ class _Loop:
     def _move(self, at, phase: Tensor) -> None:
         self.rows.phase = phase if isinstance(at, slice) else self.rows.phase.index_copy(0, at, phase)
 
-    def _count(self, name: str, at) -> None:
+    def _count(self, name: str, at) -> Tensor:
+        """Counts one more for the rows `at`; returns their new counts."""
         counts = getattr(self.rows, name)
-        more = counts + 1
-        if not isinstance(at, slice):
-            more = counts.index_copy(0, at, more[at])
-        setattr(self.rows, name, more)
+        more = counts[at] + 1
+        setattr(self.rows, name, more if isinstance(at, slice) else counts.index_copy(0, at, more))
+        return more
 
     def _leave(self, x: Tensor) -> Tensor | None:
         """Cuts finished rows off once enough of them have finished; None when all have."""
-        if not self.answered:
-            return x
-        done = self.rows.phase == Phase.DONE
-        finished = int(done.sum())
-        if finished and (finished == len(done) or finished >= self.compact * len(done)):
+        phases = self._phases()
+        finished = phases.count(Phase.DONE)
+        if finished and (finished == len(phases) or finished >= self.compact * len(phases)):
             self.counts[self.rows.index], self.said[self.rows.index] = self.rows.thoughts, self.rows.said
-            if finished == len(done):
+            if finished == len(phases):
                 return None
-            live = (~done).nonzero()[:, 0]
+            live = self._places(phase != Phase.DONE for phase in phases)
             self.kv, self.rows, x = self.kv.select(live), self.rows.select(live), x[live]
         return x
 

@@ -66,7 +66,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, span: Span, p: float = 0.0) -> Te
     if share > 1:
         q = q.reshape(rows, heads // share, share * columns, width)
         bias = bias if bias is None or columns == 1 else bias.repeat(1, 1, share, 1)
-    return by_column(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=span.causal, dropout_p=p), rows, columns, width)
+    if bias is None and columns == 1 and not p and _cheaper_by_hand(q, k):
+        out = ((q * width**-0.5) @ k.transpose(2, 3)).softmax(-1) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=span.causal, dropout_p=p)
+    return by_column(out, rows, columns, width)
+
+
+def _cheaper_by_hand(q: Tensor, k: Tensor) -> bool:
+    """Whether many narrow heads that read many slots on a CPU are attended faster by two products (by up to a third)."""
+    rows, heads, slots, width = k.shape
+    return not (q.is_cuda or torch.is_grad_enabled()) and width <= 32 and slots >= 64 and rows * heads >= 64
 
 
 def by_column(out: Tensor, rows: int, columns: int, width: int) -> Tensor:
@@ -179,32 +189,24 @@ class SharedPrompt:
         home[order] = group[order] * widest + place
         return SharedPrompt(keys, values, bias, group, table, home)
 
-    def attend(self, layer: int, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention of queries (R, H_kv, m, head) over the prompts: values and log-sum-exp (R, H_kv, m) of their scores."""
-        rows, heads, m, width = q.shape
-        q = q.view(self.groups, -1, heads, m, width) if self.table is None else q[self.table]
-        wide = q.transpose(1, 2).reshape(self.groups, heads, -1, width)
-        value, weight = attention_part(wide, self.keys[layer], self.values[layer], self.bias)
-        return self._to_rows(value, heads, m), self._to_rows(weight[..., None], heads, m)[..., 0]
+    def scores(self, layer: int, q: Tensor) -> Tensor:
+        """(R, H_kv, m, P) scores of queries (R, H_kv, m, head) over the prompts."""
+        scores = self._by_group(q) @ self.keys[layer].transpose(2, 3)
+        return self._by_row(scores if self.bias is None else scores + self.bias.to(q.dtype), *q.shape[1:3])
 
-    def _to_rows(self, x: Tensor, heads: int, m: int) -> Tensor:
+    def read(self, layer: int, weights: Tensor) -> Tensor:
+        """(R, H_kv, m, head) values of the prompts under attention weights (R, H_kv, m, P)."""
+        return self._by_row(self._by_group(weights) @ self.values[layer], *weights.shape[1:3])
+
+    def _by_group(self, x: Tensor) -> Tensor:
+        """(G, H_kv, N·m, ·) of (R, H_kv, m, ·)."""
+        heads, m, width = x.shape[1:]
+        x = x.reshape(self.groups, -1, heads, m, width) if self.table is None else x[self.table]
+        return x.transpose(1, 2).reshape(self.groups, heads, -1, width)
+
+    def _by_row(self, x: Tensor, heads: int, m: int) -> Tensor:
         x = x.view(self.groups, heads, -1, m, x.shape[-1]).transpose(1, 2).reshape(-1, heads, m, x.shape[-1])
         return x if self.home is None else x.index_select(0, self.home)
-
-
-def attention_part(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention over a part of the slots, to be merged with another part: values and the log-sum-exp of the scores.
-
-    q (R, H, m, head), k and v (R, H, S, head), bias broadcastable to (R, 1, m, S) -> (R, H, m, head), (R, H, m).
-    """
-    if q.device.type == "cpu":
-        bias = None if bias is None else bias.expand(-1, -1, q.shape[2], -1).to(q.dtype)
-        value, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
-        return value, weight
-    scores = (q @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5
-    scores = scores if bias is None else scores + bias
-    weight = torch.logsumexp(scores, -1)
-    return (scores - weight[..., None]).exp().to(v.dtype) @ v, weight
 
 
 class SlotKV:
@@ -216,17 +218,29 @@ class SlotKV:
         capacity: columns to allocate at first; doubled when full.
         dtype, device: of keys and values.
         rule: visibility; the default is duo-causal.
+        shared: what the rows read before their own slots.
     """
 
-    def __init__(self, shape: Shape, rows: int, capacity: int, dtype: torch.dtype, device: torch.device, rule: Rule = duo_causal):
-        self.shape, self.rule, self.rows, self.columns = shape, rule, rows, 0
-        size = (rows, shape.kv_heads, max(1, capacity), shape.head_dim)
+    def __init__(
+        self,
+        shape: Shape,
+        rows: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        rule: Rule = duo_causal,
+        shared: SharedPrompt | None = None,
+    ):
+        self.shape, self.rule, self.rows, self.columns, self.shared = shape, rule, rows, 0, shared
+        capacity = max(1, capacity)
+        size, turned = (rows, shape.kv_heads, capacity, shape.head_dim), (rows, shape.kv_heads, shape.head_dim, capacity)
         self.keys = [torch.empty(size, dtype=dtype, device=device) for _ in range(shape.layers)]
         self.values = [torch.empty(size, dtype=dtype, device=device) for _ in range(shape.layers)]
-        self.pos, self.depth = (torch.zeros(rows, max(1, capacity), dtype=torch.long, device=device) for _ in range(2))
-        self.blocked = torch.full((rows, max(1, capacity)), BLOCKED, device=device)
+        if shared is not None:  # few slots of its own: their products are cheaper with the slots side by side in memory
+            self.values = [torch.empty(turned, dtype=dtype, device=device).transpose(2, 3) for _ in range(shape.layers)]
+        self.pos, self.depth = (torch.zeros(rows, capacity, dtype=torch.long, device=device) for _ in range(2))
+        self.blocked = torch.zeros(rows, capacity, device=device)
         self.plain = self.flat = True
-        self.shared: SharedPrompt | None = None
 
     @property
     def capacity(self) -> int:
@@ -242,7 +256,8 @@ class SlotKV:
         self.pos.narrow(1, start, stop - start).copy_(pos)
         if not shallow:
             self.depth[:, start:stop] = depth
-        self.blocked[:, start:stop] = 0.0 if valid is None else bias_of(valid.bool())
+        if valid is not None:
+            self.blocked[:, start:stop] = bias_of(valid.bool())
         self.columns = stop
         span = Span(start, stop)
         if self.flat and pos.shape[1] == 1:
@@ -278,11 +293,9 @@ class SlotKV:
         if not share or n == 1 or self.shared is not None:
             return self._selected(group, self.columns + room)
         stop = self.columns
-        other = SlotKV(self.shape, self.rows * n, room, self.keys[0].dtype, self.pos.device, self.rule)
         bias = None if self.plain else self.blocked[:, None, None, :stop].clone()
         keys, values = ([x[:, :, :stop].contiguous() for x in side] for side in (self.keys, self.values))
-        other.shared = SharedPrompt(keys, values, bias, group)
-        return other
+        return self._empty(self.rows * n, room, SharedPrompt(keys, values, bias, group))
 
     def select(self, rows: Tensor) -> "SlotKV":
         """The cache of the given rows: compaction, reordering and repeating (beams) are the same call."""
@@ -294,23 +307,27 @@ class SlotKV:
         self.plain = False
 
     def _selected(self, rows: Tensor, capacity: int) -> "SlotKV":
-        other = self._taking(rows, capacity)
-        other.shared = None if self.shared is None else self.shared.regroup(self.shared.group[rows])
-        return other
+        return self._taking(rows, capacity, None if self.shared is None else self.shared.regroup(self.shared.group[rows]))
 
     def _attend_both(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
         rows, heads, columns, width = q.shape
         share = heads // keys.shape[1]
         q = q.reshape(rows, heads // share, share * columns, width)
         bias = span.bias if span.bias is None or columns == 1 else span.bias.repeat(1, 1, share, 1)
-        mine, my_weight = attention_part(q, keys, values, bias)
-        theirs, their_weight = self.shared.attend(layer, q)
-        out = torch.lerp(theirs, mine, torch.sigmoid(my_weight - their_weight)[..., None].to(mine.dtype))
+        q = q * width**-0.5
+        mine = q @ keys.transpose(2, 3)
+        scores = (self.shared.scores(layer, q), mine if bias is None else mine + bias.to(q.dtype))
+        weights = torch.cat(scores, -1).softmax(-1, torch.float32).to(q.dtype)
+        prompt = scores[0].shape[-1]
+        out = self.shared.read(layer, weights[..., :prompt]) + weights[..., prompt:] @ values
         return by_column(out, rows, columns, width)
 
-    def _taking(self, rows: Tensor, capacity: int) -> "SlotKV":
+    def _empty(self, rows: int, capacity: int, shared: SharedPrompt | None) -> "SlotKV":
+        return SlotKV(self.shape, rows, capacity, self.keys[0].dtype, self.pos.device, self.rule, shared)
+
+    def _taking(self, rows: Tensor, capacity: int, shared: SharedPrompt | None) -> "SlotKV":
         stop = self.columns
-        other = SlotKV(self.shape, len(rows), max(capacity, stop), self.keys[0].dtype, self.pos.device, self.rule)
+        other = self._empty(len(rows), max(capacity, stop), shared)
         for mine, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
             theirs[:, :, :stop] = mine[:, :, :stop].index_select(0, rows)
         for mine, theirs in ((self.pos, other.pos), (self.depth, other.depth), (self.blocked, other.blocked)):
@@ -319,5 +336,5 @@ class SlotKV:
         return other
 
     def _reserve(self, capacity: int) -> None:
-        grown = self._taking(torch.arange(self.rows, device=self.pos.device), capacity)
+        grown = self._taking(torch.arange(self.rows, device=self.pos.device), capacity, self.shared)
         self.keys, self.values, self.pos, self.depth, self.blocked = grown.keys, grown.values, grown.pos, grown.depth, grown.blocked

@@ -168,7 +168,7 @@ class GPT2Block:
     def __call__(self, x: Tensor, call: Pass) -> Tensor:
         rows, columns, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(rows, columns, 3, self.heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
         p = self.p_probs if call.training else 0.0
         attended = call.kv.attend(self.index, q, k, v, call.span, p)
         x = x + call.drop(self.out(attended), self.p_attention, "attention", self.index)
@@ -240,7 +240,7 @@ def _linear(own: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def _conv1d(own: dict[str, Tensor], x: Tensor) -> Tensor:
-    return torch.addmm(own["bias"], x.reshape(-1, x.shape[-1]), own["weight"]).view(*x.shape[:-1], -1)
+    return F.linear(x, own["weight"].t(), own["bias"])
 
 
 def norm(module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -118,7 +118,7 @@ class Noisy:
         else:
             eps = rows.draws.normal(rows.thoughts + rows.said, Stream.THOUGHT, (x.shape[-1],))
         if not self._noise.relative:
-            return (x.float() + self._noise.sigma * eps).to(x.dtype)
+            return torch.add(x.float(), eps, alpha=self._noise.sigma).to(x.dtype)
         scale = x.float().pow(2).mean(-1, keepdim=True).sqrt()
         return (x.float() + self._noise.sigma * scale * eps).to(x.dtype)
 
