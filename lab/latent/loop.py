@@ -173,7 +173,8 @@ def read_prompt(decoder, prompt: Prompt, dropout: Callable | None = None, edit: 
     prompt, patch = (prompt, None) if edit is None else prompt.edited(edit)
     pos = prompt.pos
     kv = decoder.slots(pos.shape[0], pos.shape[1])
-    h = decoder(prompt.x, pos, kv, valid=prompt.valid, dropout=dropout, patch=patch).last[:, -1]
+    tail = dropout is None and patch is None
+    h = decoder(prompt.x, pos, kv, valid=prompt.valid, dropout=dropout, patch=patch, tail=tail).last[:, -1]
     return kv, h, pos[:, -1] + 1
 
 

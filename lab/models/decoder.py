@@ -9,7 +9,7 @@ Axes: R rows, t query columns, D width, H heads, S cache slots, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -48,6 +48,14 @@ class Pass:
     gate: Gate
     dropout: Dropout | None
     training: bool
+    tail: bool = False
+
+    def queries(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Span]:
+        """What a block goes on with after its keys and values: all columns of `x` (R, t, D) and `q` (R, H, t, head), or the last one."""
+        if not self.tail:
+            return x, q, self.span
+        bias = None if self.span.bias is None else self.span.bias[:, :, -1:]
+        return x[:, -1:], q[:, :, -1:], replace(self.span, bias=bias, causal=False)
 
     def drop(self, x: Tensor, p: float, site: str, layer: int) -> Tensor:
         if self.dropout is not None:
@@ -88,6 +96,7 @@ class Decoder:
         dropout: Dropout | None = None,
         taps: tuple[int, ...] = (),
         patch: Patch | None = None,
+        tail: bool = False,
     ) -> Out:
         """Hidden states of `x` read after what `kv` holds; the new keys and values are written to it.
 
@@ -101,6 +110,8 @@ class Decoder:
             dropout: masks for Monte Carlo dropout; None = the model's own dropout, active in training mode only.
             taps: indices of hidden states to return beside the last (see `Out`).
             patch: makes of a hidden state (R, t, D) and its index the one to go on with; taps show what it made.
+            tail: only the last column is asked for: the last block computes no other, and `last` is (R, 1, D). Not with `taps`,
+                `patch`, `dropout` or a gate per column.
         """
         gate = None if lora_gate is None or lora_gate is False else x.new_ones(1) if lora_gate is True else lora_gate
         span = kv.open(pos, valid, depth)
@@ -108,6 +119,7 @@ class Decoder:
         call = Pass(kv, span, rope, gate, dropout, self.model.training)
         kept, depth = {}, len(self.blocks)
         for index in range(depth + 1):
+            call.tail = tail and index == depth
             x = self.blocks[index - 1](x, call) if index else self.enter(x, pos, call)
             x = self.final_norm(x) if index == depth else x
             x = x if patch is None else patch(x, index)
@@ -170,7 +182,8 @@ class GPT2Block:
         qkv = self.qkv(self.norm1(x)).view(rows, columns, 3, self.heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
         p = self.p_probs if call.training else 0.0
-        attended = call.kv.attend(self.index, q, k, v, call.span, p)
+        x, q, span = call.queries(x, q)
+        attended = call.kv.attend(self.index, q, k, v, span, p)
         x = x + call.drop(self.out(attended), self.p_attention, "attention", self.index)
         return x + call.drop(self.down(self.act(self.up(self.norm2(x)))), self.p_mlp, "mlp", self.index)
 
@@ -198,7 +211,8 @@ class LlamaBlock:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q.transpose(1, 2), *call.rope), rotate(k.transpose(1, 2), *call.rope)
         p = self.p_probs if call.training else 0.0
-        attended = call.kv.attend(self.index, q, k, v.transpose(1, 2), call.span, p)
+        x, q, span = call.queries(x, q)
+        attended = call.kv.attend(self.index, q, k, v.transpose(1, 2), span, p)
         x = x + call.drop(self.o(attended, gate), 0.0, "attention", self.index)
         h = self.norm2(x)
         inner = self.act(self.gate(h, gate)) * self.up(h, gate)

@@ -64,7 +64,9 @@ class HFDecoder:
         self.window = None if kinds else getattr(self.config, "sliding_window", None)  # of every layer (Mistral)
         self.table, self.head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
 
-    def __call__(self, x: Tensor, pos: Tensor, kv: HFKV, *, valid=None, depth=0, lora_gate=None, dropout=None, taps=(), patch=None):
+    def __call__(
+        self, x: Tensor, pos: Tensor, kv: HFKV, *, valid=None, depth=0, lora_gate=None, dropout=None, taps=(), patch=None, tail=False
+    ):
         from lab.models.decoder import Out
 
         if dropout is not None or patch is not None or lora_gate not in (None, False) or not (isinstance(depth, int) and depth == 0):

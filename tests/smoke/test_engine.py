@@ -88,6 +88,17 @@ def test_one_call_and_step_by_step_equal_the_models_own_forward(model):
     torch.testing.assert_close(torch.cat(steps, 1), want[:, 7:], atol=1e-4, rtol=1e-4)
 
 
+def test_the_last_column_alone_is_the_last_of_all_and_leaves_the_same_cache(model):
+    decoder, prompt = decoder_for(model), Prompt.of_ids(decoder_for(model), PROMPTS)
+    ends = []
+    with torch.no_grad():
+        for tail in (False, True):
+            kv = decoder.slots(*prompt.pos.shape)
+            first = decoder(prompt.x, prompt.pos, kv, valid=prompt.valid, tail=tail).last[:, -1:]
+            ends.append(torch.cat((first, decoder(first, prompt.pos[:, -1:] + 1, kv).last), 1))
+    torch.testing.assert_close(*ends, atol=1e-5, rtol=1e-5)
+
+
 def test_taps_are_the_models_hidden_states(model):
     ids = torch.randint(0, 97, (2, 6))
     decoder = decoder_for(model)
