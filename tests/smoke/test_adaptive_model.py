@@ -146,6 +146,16 @@ def test_detaching_the_head_spares_the_thoughts():
     assert grads[True] is None and grads[False].abs().sum() > 0
 
 
+def test_a_sequence_begins_as_its_tokenizer_begins_one():
+    from adaptive_fixture import tokenizer
+
+    named = toy.tokenizer()
+    named.bos_token = named.eos_token  # GPT-2: named, and never put in front
+    for t, bos in ((named, []), (tokenizer(), [tokenizer().bos_token_id])):
+        writer = Writer(t, AdaptiveSettings())
+        assert writer.question("7") == bos + writer.piece(writer.s.prefix + "7")
+
+
 def test_slices_are_the_official_ones():
     official = numbers("slices")["sets"]
     for count in (20, 1000):

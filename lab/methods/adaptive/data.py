@@ -62,12 +62,13 @@ def numeric(answer: str) -> float | None:
 
 
 class Writer:
-    """Tokenises the pieces of prompts and rows; BOS stands once, at the front, where the tokenizer has one."""
+    """Tokenises the pieces of prompts and rows; BOS stands once, at the front, where the tokenizer puts one (Llama's does, GPT-2's not)."""
 
     def __init__(self, tokenizer: Any, s: AdaptiveSettings, distil: Distil | None = None):
         if tokenizer.eos_token_id is None:
             raise SettingsError("An adaptive model needs a tokenizer with an end token (eos).")
         self.tokenizer, self.s, self.distil = tokenizer, s, distil or Distil()
+        self.bos = [i for i in tokenizer(COLON).input_ids[:1] if i == tokenizer.bos_token_id]
 
     def piece(self, text: str) -> list[int]:
         """Ids of a text inside a sequence."""
@@ -75,8 +76,7 @@ class Writer:
 
     def question(self, text: str, prefix: str | None = None) -> list[int]:
         """Ids of a question with BOS (where there is one) and the training prefix."""
-        bos = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
-        return bos + self.piece((self.s.prefix if prefix is None else prefix) + text)
+        return self.bos + self.piece((self.s.prefix if prefix is None else prefix) + text)
 
     def prompt(self, text: str, *, think: bool = True, prefix: str | None = None) -> list[int]:
         """A prompt: the question, then START where the model is to think."""
