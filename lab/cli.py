@@ -103,7 +103,7 @@ def sweep(
     devices: Annotated[str, typer.Option(help="CUDA devices of this machine, one run on each, as in 0,1,2,3.")] = "",
     gpus: Annotated[int, typer.Option(min=0, help="GPUs a run needs.")] = 0,
     cpus: Annotated[int, typer.Option(min=0, help="Cores a run needs.")] = 0,
-    memory: Annotated[float, typer.Option(min=0, metavar="GIB", help="Memory a run needs.")] = 0,
+    memory: Annotated[float, typer.Option(min=0, metavar="GIB", help="Memory a run needs; one that takes more is stopped.")] = 0,
     timeout: Annotated[float | None, typer.Option(metavar="MINUTES", help="Stop a run that takes longer.")] = None,
     address: Annotated[str, typer.Option(help="Of the Ray cluster; local starts one here.")] = "auto",
     option: Annotated[list[str], typer.Option("--option", "-o", metavar="NAME=VALUE", help=OPTION)] = [],  # noqa: B006

@@ -24,7 +24,10 @@ _OF_THE_WORKER = ("CUDA_VISIBLE_DEVICES", "SLURM_", "RAY_")  # variables that a 
 
 @dataclass(frozen=True)
 class Needs:
-    """What every run asks for: GPUs, cores (0: the engine's own share), memory in GiB (0: not asked), minutes (None: without end)."""
+    """What every run asks for: GPUs, cores (0: the engine's own share), memory in GiB (0: not asked), minutes (None: without end).
+
+    One that takes more memory or time is stopped and has failed.
+    """
 
     gpus: int = 0
     cpus: int = 0
@@ -79,7 +82,7 @@ class Local:
         try:
             chosen = {"CUDA_VISIBLE_DEVICES": devices} if devices else {}
             mine = {kernels.PARENT: str(os.getpid())}
-            return self._commands.run(command, {"OMP_NUM_THREADS": self._threads, **os.environ, **chosen, **mine}, self.needs.minutes)
+            return self._commands.run(command, {"OMP_NUM_THREADS": self._threads, **os.environ, **chosen, **mine}, self.needs)
         finally:
             self._free.put(devices)
 
@@ -133,7 +136,7 @@ class Slurm:
         if self._stopped:
             return STOPPED
         try:
-            job = self._executor.submit(on_worker, command, _environment(self.needs), os.getcwd(), self.needs.minutes)
+            job = self._executor.submit(on_worker, command, _environment(self.needs), os.getcwd(), self.needs)
         except FailedJobError as error:
             return f"not submitted: {str(error).strip().splitlines()[-1]}"
         self._jobs.append(job)
@@ -205,7 +208,7 @@ class Ray:
     def attempt(self, command: list[str]) -> str:
         if self._stopped:
             return STOPPED
-        task = self._task.remote(command, _environment(self.needs), os.getcwd(), self.needs.minutes)
+        task = self._task.remote(command, _environment(self.needs), os.getcwd(), self.needs)
         self._running.add(task)
         try:
             return self._ray.get(task)
@@ -262,8 +265,11 @@ class Commands:
         self._running: set[subprocess.Popen] = set()
         self._stopped, self._lock = False, threading.Lock()
 
-    def run(self, command: list[str], environment: dict[str, str], minutes: float | None = None, cwd: str | None = None) -> str:
-        """Runs `command` for `minutes` at most; returns "" or what it said was wrong. Told to stop, it ends as with Ctrl-C."""
+    def run(self, command: list[str], environment: dict[str, str], needs: Needs = Needs(), cwd: str | None = None) -> str:
+        """Runs `command` with the memory and time it `needs` and no more; returns "" or what it said was wrong.
+
+        Told to stop, it ends as with Ctrl-C.
+        """
         pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         with self._lock:
             if self._stopped:
@@ -271,9 +277,11 @@ class Commands:
             process = subprocess.Popen(command, env=environment, cwd=cwd, **pipes)
             self._running.add(process)
         try:
-            said = _listen(process, 60 * minutes if minutes else math.inf)
+            said = _listen(process, 60 * needs.minutes if needs.minutes else math.inf, needs.memory or math.inf)
         except subprocess.TimeoutExpired:
-            return f"stopped after {60 * minutes:g} s"  # type: ignore[operator]
+            return f"stopped after {60 * needs.minutes:g} s"  # type: ignore[operator]
+        except MemoryError:
+            return f"took more than the {needs.memory:g} GiB it was given and was stopped"
         finally:
             _end(process)
             self._running.discard(process)
@@ -286,8 +294,11 @@ class Commands:
                 process.terminate()
 
 
-def _listen(process: subprocess.Popen, seconds: float) -> str:
-    """What `process` says until it ends; TimeoutExpired after `seconds`. It wakes every second, for Ray cannot interrupt one who waits."""
+def _listen(process: subprocess.Popen, seconds: float, gib: float) -> str:
+    """What `process` says until it ends; TimeoutExpired after `seconds`, MemoryError where it is found with more than `gib`.
+
+    It wakes every second, also because Ray cannot interrupt one who waits.
+    """
     end = time.monotonic() + seconds
     while True:
         try:
@@ -295,6 +306,8 @@ def _listen(process: subprocess.Popen, seconds: float) -> str:
         except subprocess.TimeoutExpired:
             if time.monotonic() >= end:
                 raise
+            if gib < math.inf and kernels.memory_gib(process.pid) > gib:
+                raise MemoryError from None
 
 
 def _end(process: subprocess.Popen, seconds: float = 20.0) -> None:
@@ -313,10 +326,10 @@ def _complaint(said: str, status: int) -> str:
     return (ours or lines[-1:] or [f"ended by signal {-status}" if status < 0 else f"exit status {status}"])[-1]
 
 
-def on_worker(command: list[str], environment: dict[str, str], cwd: str, minutes: float | None) -> str:
+def on_worker(command: list[str], environment: dict[str, str], cwd: str, needs: Needs) -> str:
     """`Commands.run` on another machine: the submitter's environment, with the devices this worker was given."""
     given = {name: value for name, value in os.environ.items() if name.startswith(_OF_THE_WORKER)}
-    return Commands().run(command, {**environment, **given, kernels.PARENT: str(os.getpid())}, minutes, cwd)
+    return Commands().run(command, {**environment, **given, kernels.PARENT: str(os.getpid())}, needs, cwd)
 
 
 def _environment(needs: Needs) -> dict[str, str]:

@@ -7,6 +7,7 @@ survives a killed `lab run`. Used on Linux only, and not when LAB_WARM=0; elsewh
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import select
@@ -99,7 +100,7 @@ class ForkedProcess:
     def __init__(self, path: str, argv: list[str], cwd: str, env: dict[str, str], log_file: Path) -> None:
         self.returncode: int | None = None
         self._socket = _connect(path)
-        request = {"argv": argv, "cwd": str(cwd), "env": env, "log": str(log_file)}
+        request = {"argv": argv, "cwd": str(cwd), "env": env, "log": str(log_file), "name": _name(os.getpid())}
         self._socket.sendall(json.dumps(request).encode() + b"\n")
         self._lines = self._socket.makefile("r")
         answer = self._lines.readline()
@@ -209,6 +210,7 @@ def _kernel(request: dict[str, Any]) -> None:
     try:
         os.setpgid(0, 0)
         end_with_parent(signal.SIGKILL)
+        ctypes.CDLL(None).prctl(15, request["name"].encode())  # PR_SET_NAME
         signal.signal(signal.SIGINT, signal.default_int_handler)
         output = os.open(request["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         for number, source in enumerate([os.open(os.devnull, os.O_RDONLY), output, output]):
@@ -233,9 +235,23 @@ def _kernel(request: dict[str, Any]) -> None:
 def end_with_parent(number: int) -> None:
     """Has Linux send this process the signal `number` when the one that started it ends."""
     if sys.platform == "linux":
-        import ctypes
-
         ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+
+
+def _name(run: int) -> str:
+    """What the system calls the kernels forked for the process `run`: they are the server's children, not its own."""
+    return f"lab {run}"
+
+
+def memory_gib(run: int) -> float:
+    """What the process `run`, all that it started and the kernels forked for it hold (resident; shared pages count in each of them)."""
+    import psutil
+
+    found = {process.pid: process.info for process in psutil.process_iter(["ppid", "name", "memory_info"])}
+    own = {pid for pid, info in found.items() if pid == run or info["name"] == _name(run)}
+    while more := {pid for pid, info in found.items() if info["ppid"] in own} - own:
+        own |= more
+    return sum(found[pid]["memory_info"].rss for pid in own if found[pid]["memory_info"]) / 2**30
 
 
 def _settle_torch_and_draws() -> None:

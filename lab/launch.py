@@ -9,6 +9,7 @@ What is to be done reaches them over the process group; only checkpoints need a 
 """
 
 import argparse
+import atexit
 import contextlib
 import json
 import logging
@@ -278,6 +279,14 @@ def _join() -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
 
 
+def _leave() -> None:
+    """Ends this process without taking Python down, which gloo's threads, still letting go of tensors, do not always survive."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def _main() -> None:
     parser = argparse.ArgumentParser("python -m lab.launch", description="Take part in another machine's trainings, one by one.")
     parser.add_argument("folder", nargs="?", type=Path, help=argparse.SUPPRESS)  # given by torchrun on the first machine
@@ -287,7 +296,7 @@ def _main() -> None:
     asked = parser.parse_args()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _work(asked.folder)
-        return
+        _leave()
     if not asked.address:
         parser.error("--address is needed")
     with contextlib.suppress(KeyboardInterrupt):

@@ -10,8 +10,8 @@ import time
 import psutil
 import pytest
 
-from lab import pool
-from lab.engines import Local
+from lab import pool, sweep
+from lab.engines import Local, Needs
 from lab.pipeline import run_recipe
 from lab.records import StepRecord, results_of
 
@@ -99,3 +99,10 @@ def test_a_sweep_on_a_disk_that_cannot_be_written(bench, tmp_path, monkeypatch):
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_the_memory_of_a_run_is_also_that_of_its_warm_kernels(bench, monkeypatch):
+    """The run itself has 0.2 GiB; its kernel, which is not its child, takes it beyond what it was given."""
+    monkeypatch.delenv("LAB_WARM", raising=False)
+    result = sweep.run_sweep("mini", "toy-claims", {"seed": "0", "pause_s": "30"}, Local(needs=Needs(memory=0.4)))
+    assert list(result.failed.values()) == ["took more than the 0.4 GiB it was given and was stopped"]

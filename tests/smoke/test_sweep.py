@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -189,6 +190,15 @@ def test_a_run_that_hangs_is_stopped_and_taken_up(bench):
     result = sweep.run_sweep("mini", "toy-claims", slow, Local(needs=Needs(minutes=8 / 60)))
     (name,) = result.runs
     assert result.failed == {name: "stopped after 8 s"} and "failed: " in result.text()
+
+
+def test_a_run_that_takes_more_memory_than_it_was_given_is_stopped_and_the_others_go_on():
+    def taking(mib):
+        return [sys.executable, "-c", f"import time; kept = bytearray({mib} << 20); time.sleep(3)"]
+
+    engine = Local(2, needs=Needs(memory=0.2))
+    with ThreadPoolExecutor(2) as both:
+        assert list(both.map(engine.attempt, [taking(300), taking(1)])) == ["took more than the 0.2 GiB it was given and was stopped", ""]
 
 
 @pytest.mark.parametrize(
