@@ -36,13 +36,14 @@ class Prompt:
     """Prompts as input embeddings `x` (Q, P, D), padded on the left.
 
     `valid` (Q, P) bool, None when none is padded; `ids` (Q, P) where the prompt was made of token ids; `thoughts` (Q, P) bool: columns
-    that hold a thought, None = none.
+    that hold a thought, None = none; `alike` (Q,): prompts with one number are the same before their first thought, None = unknown.
     """
 
     x: Tensor
     valid: Tensor | None = None
     ids: Tensor | None = None
     thoughts: Tensor | None = None
+    alike: Tensor | None = None
 
     @classmethod
     def of_ids(cls, decoder, prompts: Sequence[Sequence[int]]) -> "Prompt":
@@ -172,10 +173,24 @@ def read_prompt(decoder, prompt: Prompt, dropout: Callable | None = None, edit: 
     """The cache after the prompts, the last hidden state (Q, D) and the next position (Q,)."""
     prompt, patch = (prompt, None) if edit is None else prompt.edited(edit)
     pos = prompt.pos
-    kv = decoder.slots(pos.shape[0], pos.shape[1])
     tail = dropout is None and patch is None
-    h = decoder(prompt.x, pos, kv, valid=prompt.valid, dropout=dropout, patch=patch, tail=tail).last[:, -1]
+    kv, begin = _read_alike(decoder, prompt, pos) if tail else (decoder.slots(*pos.shape), 0)
+    valid = prompt.valid if prompt.valid is None else prompt.valid[:, begin:]
+    h = decoder(prompt.x[:, begin:], pos[:, begin:], kv, valid=valid, dropout=dropout, patch=patch, tail=tail).last[:, -1]
     return kv, h, pos[:, -1] + 1
+
+
+def _read_alike(decoder, prompt: Prompt, pos: Tensor):
+    """The cache after what prompts have in common with others, read once for those that are `alike`, and how many columns that is."""
+    begin = 0 if prompt.thoughts is None else int(prompt.thoughts.any(0).long().argmax())
+    kinds, kind = (None, None) if prompt.alike is None else torch.unique(prompt.alike, return_inverse=True)
+    if begin == 0 or kinds is None or len(kinds) == len(pos):
+        return decoder.slots(*pos.shape), 0
+    one = torch.empty_like(kinds).scatter_(0, kind, torch.arange(len(kind), device=kind.device))
+    kv = decoder.slots(len(one), pos.shape[1])
+    valid = None if prompt.valid is None else prompt.valid[one, :begin]
+    decoder(prompt.x[one, :begin], pos[one, :begin], kv, valid=valid, tail=True)
+    return kv.select(kind), begin
 
 
 def _worth_sharing(prompt: Prompt, n: int) -> bool:

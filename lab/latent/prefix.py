@@ -39,8 +39,12 @@ def read_with_thoughts(decoder, plan: Plan, thoughts: Tensor | None, *, prefix_g
     return Unrolled(states, out[:, :n], thoughts, out[:, n:], counts, {}, kv)
 
 
-def inject(decoder, before: list[list[int]], thoughts: Tensor | None, after: list[list[int]]) -> Prompt:
-    """A prompt for `rollout`: ids before, thought vectors (R, n, D), ids after, padded on the left as a whole."""
+def inject(decoder, before: list[list[int]], thoughts: Tensor | None, after: list[list[int]], alike: list[int] | None = None) -> Prompt:
+    """A prompt for `rollout`: ids before, thought vectors (R, n, D), ids after, padded on the left as a whole.
+
+    Args:
+        alike: rows with one number have the same ids (several sets of thoughts for one question): those before are read once.
+    """
     rows = []
     for index, (left, right) in enumerate(zip(before, after, strict=True)):
         device = decoder.table.weight.device
@@ -54,4 +58,5 @@ def inject(decoder, before: list[list[int]], thoughts: Tensor | None, after: lis
     valid = column >= pads[:, None]
     stop = torch.tensor([width - len(ids) for ids in after], device=x.device)[:, None]
     start = stop if thoughts is None else stop - thoughts.shape[1]
-    return Prompt(x, None if bool(valid.all()) else valid, thoughts=(start <= column) & (column < stop))
+    same = None if alike is None else torch.tensor(alike, device=x.device)
+    return Prompt(x, None if bool(valid.all()) else valid, thoughts=(start <= column) & (column < stop), alike=same)

@@ -13,7 +13,7 @@ from lab.errors import CheckpointError, DataError, SettingsError
 from lab.latent.distill import plan_cross_entropy
 from lab.latent.prefix import read_with_thoughts
 from lab.latent.sampling import Sampling
-from lab.methods.lta import objective, stages, toy
+from lab.methods.lta import objective, policy, stages, toy
 from lab.methods.lta.checkpoint import export_official
 from lab.methods.lta.config import LtaSettings
 from lab.methods.lta.losses import alignment, answer_vector, focus
@@ -177,6 +177,22 @@ def test_sets_of_thoughts_take_turns_in_the_samples_of_a_question():
     assert [row.ids for row in alone.rows] == [row.ids for row in whole.rows[8:]]
     greedy = m.generate(EXAMPLES[:1], samples=8, **GREEDY)
     assert [row.ids for row in greedy.rows[:4]] == [row.ids for row in greedy.rows[4:]], "sample s and s + 4 read one set"
+
+
+@pytest.mark.parametrize("batch", [64, 3])
+def test_what_stands_before_sets_of_thoughts_is_read_once_for_all_of_them(batch, monkeypatch):
+    m, read, inject = softcotpp().eval(), [], policy.inject
+    how = {"samples": 4, "sampling": Sampling(temperature=1.0), "max_new_tokens": 4, "batch": batch}
+    shared = m.generate(EXAMPLES, **how)
+    monkeypatch.setattr(policy, "inject", lambda *given: inject(*given[:-1]))
+    apart = m.generate(EXAMPLES, **how)
+    assert [row.ids for row in shared.rows] == [row.ids for row in apart.rows]
+    monkeypatch.undo()
+    step = type(m.decoder).__call__
+    monkeypatch.setattr(type(m.decoder), "__call__", lambda own, x, *a, **o: read.append((own, x.shape)) or step(own, x, *a, **o))
+    m.generate(EXAMPLES, **how | {"max_new_tokens": 1, "batch": 64})
+    rows = [shape[0] for own, shape in read if own is m.decoder]
+    assert rows[:2] == [2, 8], "two questions, then four sets of thoughts for each"
 
 
 def test_adapters_on_base_and_assistant_start_as_nothing_learn_and_come_back(tmp_path):

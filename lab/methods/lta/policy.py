@@ -57,9 +57,10 @@ def generate(
     about = Ask(samples=each, first=first * sets, skip=skipped, budget=Budget(answer=max_new_tokens), **ask)
 
     def prompt_of(decoder, group: list[_Ids]) -> Prompt:
-        rows = [asked[ids.number // sets].row for ids in group]
+        question = [ids.number // sets for ids in group]
+        rows = [asked[number].row for number in question]
         picked = None if made is None else made[[ids.number for ids in group]]
-        return inject(decoder, [list(row.prompt) for row in rows], picked, [list(row.after) for row in rows])
+        return inject(decoder, [list(row.prompt) for row in rows], picked, [list(row.after) for row in rows], question)
 
     found = respond(model, prompts, lambda group: policy, about, prompt_of)
     return found if sets == 1 else _regrouped(found, sets, range(skip, skip + samples))
