@@ -111,7 +111,7 @@ def _papermill(notebook: Path, output: Path, parameters: dict[str, Any], on_cell
     except PapermillExecutionError as error:
         raise CellFailed(output, error.cell_index + 1, error.ename, error.evalue) from None
     except CellTimeoutError:
-        raise RunError(f"The kernel of {notebook.name} has not answered for {PATIENCE_S} seconds; its output so far is in {output}.") from None
+        raise RunError(f"The kernel of {notebook.name} has not answered for {PATIENCE_S} seconds; its output is in {output}.") from None
     except DeadKernelError:
         raise RunError(f"The kernel of {notebook.name} died (killed, or out of memory); its output so far is in {output}.") from None
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lab.errors import SettingsError
 from lab.models.cache import BLOCKED
+from lab.models.step import Out, unwrap
 
 
 class HFKV:
@@ -52,8 +53,6 @@ class HFDecoder:
     """Steps through `model.base_model(inputs_embeds=…)` with explicit masks; see `lab.models.decoder.Decoder`."""
 
     def __init__(self, model: nn.Module, lora=None):
-        from lab.models.decoder import unwrap
-
         self.model = unwrap(model)
         self.config = self.model.config
         if lora is not None:
@@ -67,8 +66,6 @@ class HFDecoder:
     def __call__(
         self, x: Tensor, pos: Tensor, kv: HFKV, *, valid=None, depth=0, lora_gate=None, dropout=None, taps=(), patch=None, tail=False
     ):
-        from lab.models.decoder import Out
-
         if dropout is not None or patch is not None or lora_gate not in (None, False) or not (isinstance(depth, int) and depth == 0):
             raise SettingsError(f"Dropout masks, slot depths, adapters and patches are not available for {self.config.model_type!r}.")
         kv.add(pos, torch.ones_like(pos, dtype=torch.bool) if valid is None else valid.bool())

@@ -211,9 +211,10 @@ def test_starting_is_quick_and_loads_nothing_heavy(code):
     assert min(times) < 1.0
 
 
-@pytest.mark.parametrize(
-    ("ending", "words"), [("raise Interrupted('Stopped; go on with: lab run.')", "lab: Stopped; go on with: lab run."), ("raise", "lab: Stopped.")]
-)
+SAID = "Stopped; go on with: lab run."
+
+
+@pytest.mark.parametrize(("ending", "words"), [(f"raise Interrupted('{SAID}')", f"lab: {SAID}"), ("raise", "lab: Stopped.")])
 def test_an_interrupt_in_the_middle_of_an_import_leaves_our_status(tmp_path, ending, words):
     """A dataclass is made by exec of a text: CPython would end the process by SIGINT whatever it is told afterwards."""
     lines = ["try:", "    exec('raise KeyboardInterrupt')", "except KeyboardInterrupt:", f"    {ending}"]

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from lab.errors import DataError, unknown
 from lab.methods.adaptive.config import TOKENS, AdaptiveSettings
-from lab.models.decoder import Out, decoder_for
+from lab.models.decoder import decoder_for
 from lab.models.latent_model import LatentModel
 from lab.models.peft_state import with_adapters
+from lab.models.step import Out
 from lab.models.tokenizers import require
 
 FILTERS = ("MLP", "linear", "linear_ln", "linear_ECF", "SRE", "none")

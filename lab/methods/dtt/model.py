@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from lab.errors import DataError, SettingsError
 from lab.methods.dtt.config import BOT, EOT, GatedSettings, LoraSettings
 from lab.methods.dtt.gate import ResidualGate, SparseGate
-from lab.models.decoder import decoder_for, unwrap
+from lab.models.decoder import decoder_for
 from lab.models.latent_model import LatentModel
 from lab.models.peft_state import with_adapters
+from lab.models.step import unwrap
 from lab.models.tokenizers import add_tokens, require
 
 TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"]}

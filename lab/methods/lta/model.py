@@ -16,9 +16,10 @@ from lab.methods.lta.config import LtaSettings
 from lab.methods.lta.data import ThoughtBatch, step_places
 from lab.methods.lta.generators import AssistantGenerator, BlockGenerator, StaticGenerator
 from lab.methods.lta.prompting import Pack, own_pack
-from lab.models.decoder import Decoder, Out, decoder_for, supported
+from lab.models.decoder import Decoder, decoder_for, supported
 from lab.models.latent_model import LatentModel
 from lab.models.lora import GatedLora
+from lab.models.step import Out
 
 LORA = {"rank": 16, "alpha": 32, "dropout": 0.1, "targets": ("q", "v")}  # of both `tune_…` (`lta.md` 2.8)
 SHAPE = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")

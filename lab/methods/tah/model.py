@@ -18,9 +18,10 @@ from lab.methods.tah.config import GENERATORS, TahConfig
 from lab.methods.tah.deciders import Decider, MLPDecider, Seen, build_decider
 from lab.methods.tah.objective import Decisions, decider_loss, normaliser, token_weights
 from lab.models.cache import duo_causal
-from lab.models.decoder import Out, decoder_for
+from lab.models.decoder import decoder_for
 from lab.models.latent_model import LatentModel
 from lab.models.lora import GatedLora
+from lab.models.step import Out
 from lab.models.vocab import best_tokens, linear_cross_entropy, soft_embedding_of, top_logits
 
 log = logging.getLogger(__name__)
