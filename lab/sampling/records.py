@@ -27,7 +27,7 @@ class Asked:
         thoughts: (N, T, D) as fed; counts: (N,) thoughts of each; corrects: (N,) bool.
         labels: (N, T) share of right completions from each thought, or None.
         answers: found in each sample, None = nothing found. texts, ids: what was said.
-        facts: id, question, gold, and what else is worth keeping.
+        facts: id, question, gold, and what else is worth keeping; `columns` of the rows of ids in a file.
     """
 
     number: int
@@ -83,10 +83,13 @@ def _tensors(question: Asked, layout: Layout, half: bool) -> dict[str, Tensor]:
 
 
 def _rows(question: Asked, layout: Layout) -> Tensor:
+    """The rows as ids (N, L), cut behind the first row's end as the official files are (what was said is kept as `ids`)."""
     told = zip(question.counts.tolist(), question.ids or [[] for _ in question.counts], strict=True)
     rows = [[*question.prompt, *[layout.latent] * count, *layout.closing, *ids] for count, ids in told]
-    width = max(map(len, rows))
-    return torch.tensor([row + [layout.pad] * (width - len(row)) for row in rows])
+    ended = [len(row) for row, how in zip(rows, question.facts.get("finish") or ["stop"] * len(rows), strict=True) if how == "stop"]
+    ragged = bool((question.counts != question.counts[0]).any())
+    width = min(ended) + 1 if ended and not ragged else max(map(len, rows))
+    return torch.tensor([(row + [layout.pad] * width)[:width] for row in rows])
 
 
 def read(path: Path, latent: int | None = None) -> Iterator[Asked]:
@@ -120,6 +123,7 @@ def _question(number: int, parts: dict[str, Tensor], about: dict[str, Any], late
         answers = [str(value) for value in parts["answers"].tolist()] if "answers" in parts else [None] * len(thoughts)
     said = {"texts": about.pop("texts", []), "ids": about.pop("ids", [])}
     labels = parts.get("estimations")
+    about["columns"] = parts["input_ids"].shape[1]
     return Asked(number, prompt, thoughts, counts, parts["corrects"].bool(), labels, answers, facts=about, **said)
 
 

@@ -23,7 +23,7 @@ from lab.models.layouts import load
 from lab.sampling.curves import against_vote, curves, passes
 from lab.sampling.labels import Labelling, label
 from lab.sampling.pool import Evaluated, Pool, sample
-from lab.sampling.records import dropped_in, read
+from lab.sampling.records import Asked, Layout, dropped_in, read, write
 from lab.sampling.sampler import Sampler
 from lab.sampling.search import search, tree_trace
 from lab.train import TrainSettings
@@ -160,6 +160,16 @@ def test_files_of_the_official_code_are_read(pool, tmp_path):
     again = list(read(tmp_path / "3_on0.safetensors", latent))
     assert [q.prompt for q in again] == [q.prompt for q in pool.asked[:4]] and dropped_in(tmp_path) == [77]
     assert all(bool((one.corrects == two.corrects).all()) for one, two in zip(again, pool.asked[:4], strict=True))
+
+
+def test_rows_are_cut_behind_the_first_end_and_the_official_loss_divides_by_that_width(tmp_path):
+    said = {"answers": [None] * 3, "texts": [""] * 3, "ids": [[7, 8], [9], [5, 6, 7, 8]], "facts": {"finish": ["stop", "stop", "length"]}}
+    asked = Asked(4, [1, 2, 3], torch.zeros(3, 2, 8), torch.full((3,), 2), torch.ones(3, dtype=torch.bool), **said)
+    path = write(tmp_path / "0_on0.safetensors", [asked], Layout(latent=63, closing=(62,), pad=60))
+    begin = [1, 2, 3, 63, 63, 62]
+    assert load_file(path)["4.input_ids"].tolist() == [[*begin, 7, 8], [*begin, 9, 60], [*begin, 5, 6]]
+    again = next(read(path))
+    assert again.ids == asked.ids and collate([again]).length == 8
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def collate(asked: Sequence[Asked]) -> Judged:
     counts = torch.cat([q.counts for q in asked])
     thoughts = torch.cat([torch.nn.functional.pad(q.thoughts, (0, 0, 0, most - q.thoughts.shape[1])) for q in asked])
     labels = torch.stack([_labels(q, most) for q in asked])
-    longest = max(len(q.prompt) + q.thoughts.shape[1] + 1 + max(map(len, q.ids), default=0) for q in asked)
+    longest = max(q.facts.get("columns") or len(q.prompt) + most + 1 + max(map(len, q.ids), default=0) for q in asked)
     return Judged([q.prompt for q in asked], thoughts, counts, labels, longest)
 
 
