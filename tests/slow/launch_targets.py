@@ -75,25 +75,36 @@ def train_and_resume(folder, **changes):
     return done, train(folder, **changes)
 
 
-def kept_in_pieces():
-    """Numbers of parameters, of moments, and of gradients kept after a first micro-batch, in this process, for ZeRO-1 and ZeRO-2."""
-    return [_kept(how) for how in ("zero1", "zero2")]
+def in_pieces():
+    """What ZeRO-1 and ZeRO-2 keep in this process, and what becomes of gradients that are clipped, dropped or not finite."""
+    return [_in_pieces(how) for how in ("zero1", "zero2")]
 
 
-def _kept(how):
+def _in_pieces(how):
     module = sharding.shard(nn.Sequential(*(nn.Linear(8, 8) for _ in range(40))), torch.device("cpu"), how)
     parameters = list(module.parameters())
-    optimizer = sharding.split(module, optim.adamw([{"params": parameters}], [0.9, 0.999], 1e-8), 1.0)
-    kept = 0
+    optimizer = sharding.split(module, optim.adamw([{"params": parameters}], [0.9, 0.999], 1e-8), 1e-3)
+    seen = {"parameters": sum(p.numel() for p in parameters)}
     for last in (False, True):
         with sharding.accumulating(module, last):
-            module(torch.ones(2, 8)).square().sum().backward()
-        if not last:
-            own = [gradient for group in optimizer.all_grad_tensors.values() for gradient in group or []]
-            kept = sum(gradient.numel() for gradient in own + [p.grad for p in parameters] if gradient is not None)
+            (module(torch.ones(2, 8)).square().sum() * world_size()).backward()  # sums over processes are means
+        own = [gradient for group in optimizer.all_grad_tensors.values() for gradient in group or []]
+        kept = sum(gradient.numel() for gradient in own + [p.grad for p in parameters] if gradient is not None)
+        seen.setdefault("gradients", kept)  # between micro-batches
+    whole = torch.autograd.grad(2 * world_size() * module(torch.ones(2, 8)).square().sum(), parameters)
+    seen["norms"] = float(optimizer.norm()), float(torch.stack([g.norm() for g in whole]).norm())
     optimizer.step()
-    moments = sum(tensor.numel() for of in optimizer.state.values() for name, tensor in of.items() if name != "step")
-    return sum(p.numel() for p in parameters), moments, kept
+    (moments,) = optimizer.state.values()
+    square = moments["exp_avg"].square().sum()
+    torch.distributed.all_reduce(square)
+    seen |= {"moments": moments["exp_avg"].numel() + moments["exp_avg_sq"].numel(), "clipped": float(square.sqrt()) / 0.1}
+    before = [p.clone() for p in parameters]
+    with sharding.accumulating(module, last=True):
+        (module(torch.ones(2, 8)).square().sum() * torch.inf).backward()
+    seen["not finite"] = float(optimizer.norm())
+    optimizer.drop()
+    optimizer.step()
+    return {**seen, "unchanged": all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))}
 
 
 def folder_path(folder):

@@ -66,9 +66,14 @@ def test_sharded_processes_give_the_losses_of_one_and_their_checkpoints_are_whol
 
 @zero
 def test_zero_keeps_the_moments_in_pieces_and_stage_two_the_gradients_between_micro_batches():
-    (whole, moments, gradients), (_, moments_2, gradients_2) = launch(targets.kept_in_pieces, 2)
-    assert moments == moments_2 == pytest.approx(whole, rel=0.02)  # two of half of the parameters
-    assert gradients == whole and gradients_2 == pytest.approx(whole / 2, rel=0.05)
+    one, two = launch(targets.in_pieces, 2)
+    whole = one["parameters"]
+    assert one["gradients"] == whole and two["gradients"] == pytest.approx(whole / 2, rel=0.05)
+    for found in (one, two):
+        assert found["moments"] == pytest.approx(whole, rel=0.02)  # two of half of the parameters
+        assert found["norms"][0] == pytest.approx(found["norms"][1], rel=1e-5) and found["norms"][0] > 2e-3
+        assert found["clipped"] == pytest.approx(1e-3, rel=1e-3)
+        assert found["not finite"] == float("inf") and found["unchanged"]
 
 
 def test_settings_ask_for_processes_and_the_model_here_learns(tmp_path, one):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from adaptive_fixture import lora_model, numbers, tensors
 
-from lab.errors import DataError, DeviceError, SettingsError, TrainingError
+from lab.errors import DataError, DeviceError, OutOfMemory, SettingsError, TrainingError
 from lab.latent.draws import Keyed
 from lab.latent.loop import Budget, Prompt, rollout
 from lab.latent.plan import left, right
@@ -195,6 +195,24 @@ def test_out_of_memory_takes_fewer_completions_at_a_time_and_changes_nothing_els
     with pytest.raises(DeviceError, match="8 completions at a time"):
         model = lora_model()
         train(model, tmp_path / "c", settings.but(save_every=0, guard={"enabled": False}), Greedy(model, most=4))
+
+
+def test_all_of_several_processes_start_again_with_fewer_completions(tmp_path, monkeypatch):
+    asked = []
+
+    def launch(function, processes, on_row=None, **arguments):
+        asked.append((processes, arguments["arguments"]["settings"].micro_batch))
+        if len(asked) < 3:
+            raise OutOfMemory("injected")
+        return function(**arguments)
+
+    monkeypatch.setattr("lab.train.launch", launch)
+    result, rows = train(lora_model(), tmp_path, SETTINGS.but(steps=1, processes=2))
+    assert asked == [(2, 0), (2, 2), (2, 1)] and result.steps == 1  # each has half of the 8
+    assert [row["micro_batch"] for row in rows if row.get("event") == "out_of_memory"] == [2, 1]
+    asked.clear()
+    with pytest.raises(OutOfMemory, match="injected"):
+        train(lora_model(), tmp_path / "b", SETTINGS.but(micro_batch=1, processes=2))
 
 
 def test_a_killed_training_resumes_to_the_same_weights(tmp_path):
