@@ -114,21 +114,23 @@ def subject(name, layers=False):
     return made, _Run(made, list(range(count)) if layers else [], {"seed": 0, **options})
 
 
-def said(answers):
-    return [(row.ids, row.logprobs, row.finish) for row in answers]
+def alike(answers, others):
+    """The same words with the same probabilities up to rounding: a patched prompt is read by other products than a plain one."""
+    same = [row.ids for row in answers] == [row.ids for row in others] and [row.finish for row in answers] == [row.finish for row in others]
+    return same and all(row.logprobs == pytest.approx(other.logprobs, abs=1e-5) for row, other in zip(answers, others, strict=True))
 
 
 @everywhere
 def test_looking_and_giving_back_the_same_changes_nothing_at_all(name):
     one, run = subject(name, True)
     untouched = one.model.generate(one.questions, seed=0, **one.options).rows
-    assert int(run.own.counts.max()) > 1 and said(run.answers) == said(untouched)
+    assert int(run.own.counts.max()) > 1 and alike(run.answers, untouched)
     for edit in (Edit(), Replaced(run.own, as_is), Replaced(run.own, without(99))):
-        assert said(run.ask(edit)) == said(untouched)
+        assert alike(run.ask(edit), untouched)
     own = lambda x, place, own, seed: own.of(own.row(place), place.step)[0]  # noqa: E731
-    assert said(run.ask(Replaced(run.own, own))) == said(untouched)
+    assert alike(run.ask(Replaced(run.own, own)), untouched)
     for layer in run.layers:
-        assert said(run.ask(Patched(run.own, layer, run.own))) == said(untouched)
+        assert alike(run.ask(Patched(run.own, layer, run.own)), untouched)
 
 
 @everywhere
@@ -141,7 +143,7 @@ def test_every_intervention_reaches_the_model_and_none_depends_on_the_batch(name
     edits |= {"layer": Patched(run.own.taken(run.own.donors), first, run.own), "step": Replaced(run.own, without(0))}
     for what, edit in edits.items():
         found = run.ask(edit)
-        assert said(found) != said(run.answers), what
+        assert not alike(found, run.answers), what
         options = {**run.options, "batch": 1}
         alone = one.model.generate(one.questions, edit=edit, **options).rows
         assert [row.ids for row in alone] == [row.ids for row in found], what
@@ -173,7 +175,7 @@ def test_what_enters_the_first_block_is_what_is_read(name):
             lambda x, place, own, seed: torch.where(own.of(own.donors[own.row(place)], place.step)[1], swapped(x, place, own, seed), x),
         )
     )
-    assert said(run.ask(Patched(run.own.taken(run.own.donors), 0, run.own))) == said(vectors)
+    assert alike(run.ask(Patched(run.own.taken(run.own.donors), 0, run.own)), vectors)
 
 
 def test_a_patch_is_what_a_hook_on_the_model_itself_does():
@@ -281,7 +283,7 @@ def test_sets_of_thoughts_are_replaced_by_the_same_set_of_another_question(sampl
     assert len(run.answers) == 6 * samples and len(run.own.counts) == 6 * 2 * max(1, samples // 2)
     each, row = run.own.each, torch.arange(len(run.own.counts))
     assert (run.own.donors % each == row % each).all() and (run.own.donors // each != row // each).all()
-    assert said(run.ask(Patched(run.own, 1, run.own))) == said(run.answers)
+    assert alike(run.ask(Patched(run.own, 1, run.own)), run.answers)
     assert all(len(found["intervention"]) and found["questions"] == 6 for found in run.patched(1))
 
 
