@@ -18,7 +18,7 @@ from lab.methods.latenttts import toy
 from lab.methods.latenttts.checkpoint import export_release
 from lab.methods.latenttts.config import RewardTraining
 from lab.methods.latenttts.model import RewardModel
-from lab.methods.latenttts.objective import collate, recalls, train
+from lab.methods.latenttts.objective import RewardLoss, collate, recalls, train
 from lab.models.layouts import load
 from lab.sampling.curves import against_vote, curves, passes
 from lab.sampling.labels import Labelling, label
@@ -191,6 +191,13 @@ def test_training_changes_every_part_and_not_the_generator(model, judged):
     scores = reward.score(asked)
     alone = reward.score(asked[2:3], batch=2)[0]
     torch.testing.assert_close(scores[2], alone, atol=5e-5, rtol=0)
+
+
+def test_the_generators_dropout_is_off_while_its_reward_model_learns(pool):
+    reward = RewardModel.start(toy.untrained(3, dropout=0.3)).train()
+    batch = collate(pool.asked[:2])
+    one, two = (RewardLoss()(reward, batch)[0] for _ in range(2))
+    assert one.requires_grad and torch.equal(one, two)
 
 
 def test_short_chains_are_scored_as_if_they_were_alone(model, judged):

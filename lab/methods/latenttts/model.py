@@ -53,6 +53,10 @@ class RewardModel(LatentModel):
             model.parts.projector.load_state_dict(projector.state_dict())
         return model.to(generator.device)
 
+    def train(self, mode: bool = True) -> Self:
+        """Dropout stays off while it learns, as published (`latenttts.md` 2.7)."""
+        return super().train(False)
+
     @property
     def config(self) -> RewardSettings:
         """The settings, checked."""
