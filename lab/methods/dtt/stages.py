@@ -146,10 +146,7 @@ def run_arm(
         raise SettingsError(f"There is no arm {arm!r}; choose among {', '.join(ARMS)}.")
     chosen, settings, reward = dict(ARMS[arm]), RLSettings.check(**rl), RewardSettings.check(**rewards)
     learner = gated_model(model, dtype="float32") if gated is None else fresh(model, benchmark, gated, seed)
-    learner.gate.forced = chosen.pop("forced", "")
-    learner.settings = learner.config.but(forced=learner.gate.forced).model_dump(mode="json")
-    if lora and lora.get("rank"):
-        learner.add_lora(LoraSettings.check(**lora))
+    _adapt(learner, chosen.pop("forced", ""), lora)
     thinking = GatedThinking(learner, GateLearning.check(**gate, **chosen, weight=reward.gate_penalty_coeff))
     settings = settings.but(groups=[Group(match=name, lr=rate) for name, rate in _rates(learner, lr_gate, lr_lambda)])
     if settings.beta:
@@ -169,13 +166,25 @@ def run_arm(
         trainer_class=CustomGRPOTrainer,
     )
     on_main(lambda: str(learner.save(Path(folder) / arm, overwrite=True)))
+    return _told(result, Path(folder) / f"training-{arm}")
+
+
+def _adapt(learner: Any, forced: str, lora: dict[str, Any] | None) -> None:
+    """Holds the gates where an arm wants them and adds adapters, if any are asked for."""
+    learner.gate.forced = forced
+    learner.settings = learner.config.but(forced=forced).model_dump(mode="json")
+    if lora and lora.get("rank"):
+        learner.add_lora(LoraSettings.check(**lora))
+
+
+def _told(result: Any, training: Path) -> dict[str, Any]:
     row = result.row
     return {
         "steps": result.steps,
         "seconds": result.seconds,
         "reward": row.get("reward"),
         "correctness": row.get("rewards/correctness/mean"),
-        "largest_gap": _largest_gap(Path(folder) / f"training-{arm}"),
+        "largest_gap": _largest_gap(training),
     }
 
 
