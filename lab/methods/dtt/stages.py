@@ -169,7 +169,7 @@ def run_arm(
     return _told(result, Path(folder) / f"training-{arm}")
 
 
-def _adapt(learner: Any, forced: str, lora: dict[str, Any] | None) -> None:
+def _adapt(learner: SparseGatedModel, forced: str, lora: dict[str, Any] | None) -> None:
     """Holds the gates where an arm wants them and adds adapters, if any are asked for."""
     learner.gate.forced = forced
     learner.settings = learner.config.but(forced=forced).model_dump(mode="json")
