@@ -28,6 +28,10 @@ class HFKV:
         self.pos = pos if self.pos is None else torch.cat((self.pos, pos), 1)
         self.valid = valid if self.valid is None else torch.cat((self.valid, valid), 1)
 
+    def plain(self) -> bool:
+        """Whether the columns are ordinary text, so that the model needs no mask from us."""
+        return bool(self.valid.all()) and bool((self.pos[:, 1:] > self.pos[:, :-1]).all())
+
     def select(self, rows: Tensor) -> "HFKV":
         """The cache of the given rows, repeats allowed."""
         return self._with(lambda x: x.index_select(0, rows))
@@ -69,19 +73,22 @@ class HFDecoder:
         if dropout is not None or patch is not None or lora_gate not in (None, False) or not (isinstance(depth, int) and depth == 0):
             raise SettingsError(f"Dropout masks, slot depths, adapters and patches are not available for {self.config.model_type!r}.")
         kv.add(pos, torch.ones_like(pos, dtype=torch.bool) if valid is None else valid.bool())
-        visible = (kv.pos[:, None] <= pos[:, :, None]) & kv.valid[:, None]
-        if self.window is not None:
-            visible &= kv.pos[:, None] > pos[:, :, None] - self.window
-        bias = torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill_(~visible, BLOCKED)[:, None]
+        mask = None if kv.plain() else self._mask(x, pos, kv)
         out = self.model.base_model(
             inputs_embeds=x,
             position_ids=pos,
-            attention_mask=bias,
+            attention_mask=mask,
             past_key_values=kv.cache,
             use_cache=True,
             output_hidden_states=bool(taps),
         )
         return Out(out.last_hidden_state, {tap: out.hidden_states[tap] for tap in taps})
+
+    def _mask(self, x: Tensor, pos: Tensor, kv: HFKV) -> Tensor:
+        visible = (kv.pos[:, None] <= pos[:, :, None]) & kv.valid[:, None]
+        if self.window is not None:
+            visible &= kv.pos[:, None] > pos[:, :, None] - self.window
+        return torch.zeros(visible.shape, dtype=x.dtype, device=x.device).masked_fill_(~visible, BLOCKED)[:, None]
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.table(ids)

@@ -72,6 +72,14 @@ class LatentModel(nn.Module):
 
         return decoder_for(self.backbone)
 
+    def step_by_transformers(self) -> None:
+        """From now on every step is the backbone's own forward (`lab.load(forward="transformers")`)."""
+        from lab.models.hf_decoder import HFDecoder
+
+        if not isinstance(type(self).decoder, cached_property):
+            raise SettingsError(f"Models of method {self.method!r} need lab's own step; load with forward='own'.")
+        self.__dict__["decoder"] = HFDecoder(self.backbone)
+
     @property
     def device(self) -> torch.device:
         """Where the backbone is."""

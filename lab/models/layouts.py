@@ -23,6 +23,7 @@ from lab.models.loading import WEIGHT_FILES, read_json, tensor_shapes
 log = logging.getLogger(__name__)
 
 PLAIN = "none"
+FORWARDS = ("own", "transformers")
 USELESS = (
     "*.msgpack",
     "*.h5",
@@ -103,7 +104,14 @@ class Recogniser(Protocol):
 
 
 def load(
-    path_or_hub_id: str | Path, *, method: str = "", device: str = "cpu", dtype: str = "auto", revision: str | None = None, **answers: Any
+    path_or_hub_id: str | Path,
+    *,
+    method: str = "",
+    device: str = "cpu",
+    dtype: str = "auto",
+    revision: str | None = None,
+    forward: str = "own",
+    **answers: Any,
 ) -> LatentModel:
     """The model in a folder, file or hub repository of any layout that some method recognises, in eval mode.
 
@@ -111,6 +119,8 @@ def load(
         path_or_hub_id: local path, hub id, or `toy:<arch>[-<size>]`.
         method: which method's reading to take where several fit.
         dtype: of the backbone: auto (as saved), float32, bfloat16, float16.
+        forward: own = lab's step over the weights; transformers = the model's own forward, slower and without dropout masks, which rounds
+            as the released code does: thoughts that amplify every rounding error then agree with it to the last bit.
         answers: what the layout itself cannot say (backbone, alpha, …); the error names what is missing.
 
     Raises:
@@ -118,11 +128,15 @@ def load(
     """
     if dtype not in (*DTYPES, "auto"):
         raise unknown("dtype", dtype, (*DTYPES, "auto"))
+    if forward not in FORWARDS:
+        raise unknown("forward", forward, FORWARDS)
     target = check_device(device)
     name = str(path_or_hub_id)
     model = _toy(name, **answers) if name.startswith("toy:") else _open(local_path(name, revision), method, answers)
     if dtype != "auto":
         model.backbone.to(DTYPES[dtype])
+    if forward == "transformers":
+        model.step_by_transformers()
     log.info("Loaded %s as method %s.", name, model.method)
     return model.to(target).eval()
 

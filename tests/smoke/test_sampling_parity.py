@@ -19,6 +19,7 @@ from lab.methods.codi.policy import Projected
 from lab.methods.latenttts.config import RewardSettings
 from lab.methods.latenttts.model import RewardModel, RewardParts
 from lab.models.decoder import decoder_for
+from lab.models.hf_decoder import HFDecoder
 from lab.models.layouts import load
 from lab.sampling.annotate import annotate
 from lab.sampling.beam import Beam, beam_search
@@ -326,6 +327,27 @@ def test_colar_may_think_on_at_its_budget_as_released(released_colar, most):
         assert row.ids[: len(words)] == words and (not ended or (row.ids == words and row.thoughts == line.count(LATENT)))
         seen.add((ended, LATENT in line[most:], 40 in line))
     assert any(again for _, again, _ in seen) and (True, True, True) in seen
+
+
+@torch.no_grad()
+def test_thoughts_by_transformers_forward_agree_to_the_last_bit(released_colar, tmp_path):
+    model = load(released_colar.source, sep_id=40, eos_id=EOS, forward="transformers")
+    asked = torch.randint(0, 40, (4, 6), generator=torch.Generator().manual_seed(3))
+    how = {"latent_temperature": 0.0, "end_temperature": 0.0, "sampling": Sampling(), "thoughts": 10, "max_new_tokens": 2}
+    made = model.generate(asked[:, :-1].tolist(), min_thoughts=10, vectors=True, **how).vectors
+    x, cache = model.backbone.get_input_embeddings()(torch.cat((asked[:, :-1], torch.full((4, 1), 40)), 1)), None
+    for step in range(10):
+        out = model.backbone(inputs_embeds=x, past_key_values=cache, use_cache=True, output_hidden_states=True)
+        x, cache = (model.parts.head(out.hidden_states[-1][:, -1])[0] * model.config.embeds_std)[:, None], out.past_key_values
+        assert torch.equal(torch.stack([row[step] for row in made]), x[:, 0])
+    with pytest.raises(SettingsError, match="forward"):
+        load(released_colar.source, sep_id=40, forward="tranformers")
+    reward = {name: FOLDER / f"rm_{name}" for name in ("config.json", "state.safetensors")}
+    shutil.copy(reward["config.json"], tmp_path / "config.json")
+    shutil.copy(reward["state.safetensors"], tmp_path / "model.safetensors")
+    assert isinstance(load(tmp_path, forward="transformers").scorer.decoder, HFDecoder)
+    with pytest.raises(SettingsError, match="own step"):
+        load(FOLDER.parent / "tah" / "checkpoint_official_layout", forward="transformers")
 
 
 @pytest.mark.parametrize("least", [0, 1])

@@ -70,6 +70,10 @@ class RewardModel(LatentModel):
     def generate(self, questions: Sequence[Any], samples: int = 1, **options: Any) -> Any:
         raise SettingsError("A reward model scores thoughts and answers nothing; generate with the model it was trained for.")
 
+    def step_by_transformers(self) -> None:
+        super().step_by_transformers()
+        self.scorer.__dict__["decoder"] = self.decoder
+
     def check_for(self, generator: LatentModel) -> None:
         """Raises CheckpointError where this model was trained on thoughts of another one."""
         s, own = self.config, self.backbone.get_input_embeddings().weight.shape

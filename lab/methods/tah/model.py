@@ -150,6 +150,9 @@ class TahModel(LatentModel):
             other._share_decider()
         return other
 
+    def step_by_transformers(self) -> None:
+        raise SettingsError("A token that is read twice stands in slots of several depths, which only lab's own step knows: forward='own'.")
+
     def _share_decider(self) -> None:
         """Evaluation decides by the trained MLP's weights, unless it names others of its own (which then are a part of the model)."""
         if isinstance(self.eval_decider, MLPDecider):
