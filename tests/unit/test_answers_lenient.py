@@ -226,6 +226,9 @@ def test_gsm_hard_tolerance_is_relative(answer, gold, equal):
 
 
 LETTERS = [
+    ("Answer: Option C", "C"),
+    ("\\boxed{\\text{Option C}}", "C"),
+    ("Answer: Choice: (d)", "D"),
     ("The answer is (B).", "B"),
     ("the correct option is C", "C"),
     ("The correct option is D) 42", "D"),
@@ -278,6 +281,9 @@ def test_letters_compare_without_case_and_marks():
 
 
 YES_NO = [
+    ("I would say 'yes'", "yes"),
+    ("I don't know: ‘no’.", "no"),
+    ("no's", None),
     ("yes", "yes"),
     ("No.", "no"),
     ("It is true.", "yes"),
@@ -315,6 +321,7 @@ def test_true_is_yes():
 
 
 SENTENCES = [
+    ("so 'Sally is a sterpus.'", "Sally is a sterpus."),
     ("### Sally is a sterpus.", "Sally is a sterpus."),
     ("Every lempus is a rempus. Tom is a lempus. Tom is an impus.", "Tom is a impus."),
     ("tom  is a\nlempus", "Tom is a lempus."),

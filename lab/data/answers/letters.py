@@ -5,7 +5,8 @@ import re
 from lab.data.answers import text as texts
 
 _TEXT = re.compile(r"\\(?:text|textbf|textrm|textsf|textit|mathrm|mathbf|mathsf|mbox|bf|rm)\s*\{([^{}]*)\}")
-_LEAD = r"[\s:$*_`\"'“”‘’.\[{]*(?:(?:the|an?|correct|right|final|best)\s+)*(?:(?:option|choice|letter|answer)\b[\s:*_]*(?:is\b[\s:*_]*)?)*"
+_NAMED = r"(?:(?i:option|choice|letter|answer)\b[\s:*_]*(?:is\b[\s:*_]*)?)*"
+_LEAD = rf"[\s:$*_`\"'“”‘’.\[{{]*(?:(?:an?|(?i:the|correct|right|final|best))\s+)*{_NAMED}"
 _FIRST = re.compile(rf"{_LEAD}\(?\s*(?P<letter>[A-Za-z])(?![A-Za-z0-9]|['’][A-Za-z])(?P<rest>.*)", re.DOTALL)
 _BRACKETED = re.compile(r"(?<![A-Za-z0-9])\(\s*([A-Za-z])\s*\)")
 _AFTER_LETTER = re.compile(r"\s+(?:because|since|as|and|or|is|was|for|with|which|that|due|by|not|but|so|if|from|via)\b", re.IGNORECASE)

@@ -5,7 +5,7 @@ import re
 from lab.data.answers import text as texts
 
 _SENTENCE = re.compile(
-    r"(?<![\w'’-])(?P<rule>(?:every|each|all|if|not|is|whether|no|a|an)\s+)?(?P<name>[A-Za-z]\w*)\s+is\s+an?\s+(?P<word>[A-Za-z]\w*)"
+    r"(?<![\w-])(?<!\w['’])(?P<rule>(?:every|each|all|if|not|is|whether|no|a|an)\s+)?(?P<name>[A-Za-z]\w*)\s+is\s+an?\s+(?P<word>[A-Za-z]\w*)"
     r"(?=\s*(?:[.!;,\"'”’)}$]|$))",
     re.IGNORECASE | re.MULTILINE,
 )

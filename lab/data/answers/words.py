@@ -5,7 +5,7 @@ import re
 from lab.data.answers import letters
 from lab.data.answers import text as texts
 
-_WORD = re.compile(r"(?<![\w'’-])(yes|no|true|false)(?![\w'’]|-\w)", re.IGNORECASE)
+_WORD = re.compile(r"(?<![\w-])(?<!\w['’])(yes|no|true|false)(?!\w|['’-]\w)", re.IGNORECASE)
 _MEANS = {"yes": True, "true": True, "a": True, "no": False, "false": False, "b": False}
 
 
