@@ -263,6 +263,12 @@ def test_what_cannot_be_trained_is_refused_with_a_sentence(tmp_path):
         fit(Tiny(), rows(), collate, loss, settings(freeze=["embed", "norm", "head"]), tmp_path / "d")
 
 
+def test_zero_without_deepspeed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=r"needs DeepSpeed: pip install -e '.\[deepspeed\]'"):
+        fit(Tiny(), rows(), collate, loss, settings(sharding="zero2"), tmp_path)
+
+
 def test_a_guard_can_be_switched_off(tmp_path):
     fit(Tiny(), rows(), collate, loss, settings(guard=Guard(enabled=False), save_every=0), tmp_path)
     assert not list(tmp_path.glob("checkpoint-*"))
