@@ -71,7 +71,10 @@ class Zero(DeepSpeedZeroOptimizer, torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Clips and updates this process's share, then gives all processes all weights; `unused` parameters stay as they are."""
+        """Clips and updates this process's share, then gives all processes all weights; does nothing after `drop`.
+
+        `unused` parameters stay as they are; where they are used later, their moments' bias is corrected as if they had always been.
+        """
         if all(gradient is None for gradient in self.averaged_gradients.values()):
             return
         self._link()

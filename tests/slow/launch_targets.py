@@ -68,6 +68,23 @@ def greedy(model, batch):
 seen = []
 
 
+def poisoned(model, batch):
+    """A loss that one example makes infinite."""
+    total, parts = loss(model, batch)
+    sick = (batch["ids"][:, :5] == torch.tensor([3, 6, 9, 1, 4])[: batch["ids"].shape[1]]).all(1) & (batch["labels"] != -100).sum(1).eq(5)
+    return (total * torch.inf, parts) if sick.any() else (total, parts)
+
+
+def skipping(folder, shardings):
+    """Trainings with steps that must be left out, each with its number of them."""
+    found = {}
+    for how in shardings:
+        found[how] = train(f"{folder}/{how}", loss=poisoned, sharding=how)
+        rows = on_main(lambda how=how: files.read_lines(folder_path(folder) / how / "divergence.jsonl"))
+        found[how]["skipped"] = [row["step"] for row in rows if row["kind"] == "skipped"]
+    return found
+
+
 def train_and_resume(folder, **changes):
     """A training, and what it comes to when its last steps are done again from the checkpoint before."""
     done = train(folder, **changes)

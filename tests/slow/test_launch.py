@@ -22,7 +22,8 @@ from lab.errors import DataError, DeviceError, SettingsError
 from lab.launch import launch
 
 pytestmark = pytest.mark.slow
-zero = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install -e '.[deepspeed]'")
+DEEPSPEED = find_spec("deepspeed") is not None
+zero = pytest.mark.skipif(not DEEPSPEED, reason="DeepSpeed is not installed: pip install -e '.[deepspeed]'")
 
 
 def close(one, two):
@@ -62,6 +63,14 @@ def test_sharded_processes_give_the_losses_of_one_and_their_checkpoints_are_whol
     shutil.rmtree(tmp_path / "checkpoint-12")
     resumed = targets.train(str(tmp_path))
     assert resumed["weights"] == pytest.approx(one["weights"], rel=1e-5)
+
+
+def test_a_step_that_is_not_finite_is_judged_before_the_update_under_every_sharding(tmp_path):
+    one = targets.skipping(str(tmp_path / "one"), ["ddp"])["ddp"]
+    two = launch(targets.skipping, 2, folder=str(tmp_path / "two"), shardings=["ddp", "fsdp", *(["zero1", "zero2"] if DEEPSPEED else [])])
+    for how, found in two.items():
+        assert found["skipped"] == one["skipped"] and 1 <= len(one["skipped"]) <= 3, how
+        assert found["weights"] == pytest.approx(one["weights"], rel=1e-5), how
 
 
 @zero
