@@ -306,6 +306,20 @@ def test_published_files_are_read_with_what_their_scripts_fixed(tmp_path):
         lab.load(tmp_path / "lta", **answers | {"family": "mistral"})
 
 
+@pytest.mark.parametrize(
+    ("method", "task", "distinct"), [("lta", "gsm8k", True), ("lta", "strategyqa", False), ("softcot", "gsm8k", False)]
+)
+def test_an_evaluation_of_a_projection_alone_reads_it_as_its_method_made_it(method, task, distinct, tmp_path):
+    m = model("assistant", SoftcotModel)
+    export_official(m, tmp_path / "official")
+    for name, part in (("qwen3-large", m.backbone), ("qwen3-small", m.assistant)):
+        part.save_pretrained(tmp_path / name)
+        m.tokenizer.save_pretrained(tmp_path / name)
+    values = {"large_model_id": str(tmp_path / "qwen3-large"), "small_model_id": str(tmp_path / "qwen3-small"), "pack": ""}
+    values |= {"params_file_name": str(tmp_path / "official" / "projection.bin"), "task_name": task, "method": method}
+    assert stages.trained(tmp_path, values).config.distinct_slots is distinct
+
+
 def test_softcot_draws_at_temperature_one_where_nothing_is_said(tmp_path):
     m = model("assistant", SoftcotModel).eval()
     options = {"samples": 4, "max_new_tokens": 6}

@@ -231,7 +231,8 @@ def trained(folder: Path, values: dict[str, Any]) -> ThoughtModel:
     large, small = (hub_name(values[name])[0] for name in ("large_model_id", "small_model_id"))
     if values["params_file_name"]:
         where = Path(values["params_file_name"])
-        more = {"assistant": small} if small else {}
+        more = {"distinct_slots": values["method"] == "lta" and values["task_name"] != "strategyqa"}
+        more |= {"assistant": small} if small else {}
         more |= {"pack": values["pack"]} if values["pack"] else {}
         return load(where.parent if where.is_file() else where, backbone=large, task=values["task_name"], **more)
     model = load(folder / values["method"], **({"pack": values["pack"]} if values["pack"] else {}))
