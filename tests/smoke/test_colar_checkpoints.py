@@ -1,6 +1,7 @@
 """CoLaR's layouts open, say what they lack, and are written back."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import lab
 from lab.errors import SettingsError
 from lab.latent.sampling import Sampling
 from lab.methods.colar.checkpoint import export_latenttts, export_official
+from lab.methods.colar.config import ColarSettings
+from lab.methods.colar.stages import start
 from lab.models.tokenizers import word_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "colar"
@@ -45,6 +48,20 @@ def test_the_training_checkpoint_opens_on_its_backbone(official):
     stem = "llm.base_model.model.model.layers.1.self_attn.v_proj"
     change = 0.25 * trained[f"{stem}.lora_B.default.weight"] @ trained[f"{stem}.lora_A.default.weight"]
     torch.testing.assert_close(model.backbone.model.layers[1].self_attn.v_proj.weight, frozen[f"{stem}.base_layer.weight"] + change)
+
+
+def test_the_written_reasoning_that_training_starts_from_opens_with_a_new_head(official, tmp_path, caplog):
+    state = torch.load(official / "colar_best.ckpt", weights_only=True)["state_dict"]
+    written = tmp_path / "cot_best.ckpt"
+    torch.save({"state_dict": {key: value for key, value in state.items() if key.startswith("llm.")}}, written)
+    model = lab.load(written, backbone=str(official / "base"), lora_alpha=2, lp_intermediate_size=40, **IDS)
+    assert "written reasoning" in caplog.text and model.config.lp_intermediate_size == 40 and not model.config.lp_deterministic
+    for ours, trained in zip(model.backbone.parameters(), opened(official).backbone.parameters(), strict=True):
+        torch.testing.assert_close(ours, trained)
+    tokenizer = word_tokenizer([f"w{number}" for number in range(96)] + ["###"])
+    tokenizer.save_pretrained(shutil.copytree(official / "base", tmp_path / "base"))
+    begun = start(str(tmp_path / "base"), str(written), ColarSettings(lora_r=4, lora_alpha=2, lp_intermediate_size=24), 0)
+    assert begun.config.lp_intermediate_size == 24 and hasattr(begun.backbone, "merge_and_unload")
 
 
 def test_the_scale_of_thoughts_is_the_published_one_of_a_known_backbone(official, tmp_path):

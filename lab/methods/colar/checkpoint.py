@@ -1,5 +1,6 @@
 """CoLaR's files: the training checkpoint of the official code, LatentTTS releases, and writing both back (`colar.md` 5)."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from lab.models.loading import State, load_exact, part, read_state
 from lab.models.peft_state import merged, plain_names
 from lab.models.shapes import BUFFERS, filled
 
+log = logging.getLogger(__name__)
+
 MODEL = ColarModel
 LLM, HEAD, RELEASED = "llm.", "latent_policy.", "lt_head."
 ALPHA = 32.0  # of every published recipe, with r = 128
-ANSWERS = ("backbone", "tokenizer", "lora_alpha", "embeds_std", "sep_id", "eos_id")
+ANSWERS = ("backbone", "tokenizer", "lora_alpha", "embeds_std", "lp_intermediate_size", "sep_id", "eos_id")
 PUBLISHED_STD = {  # by the backbone's name, as the official code looks `embeds_std` up (colar.md 2.1)
     "Llama-3.2-1B-Instruct": 0.018,
     "Llama-3.2-3B-Instruct": 0.018,
@@ -31,22 +34,23 @@ PUBLISHED_STD = {  # by the backbone's name, as the official code looks `embeds_
 
 
 class OfficialCheckpoint:
-    """A Lightning `.ckpt`: the trained weights only (adapters and latent head), or all of them."""
+    """A Lightning `.ckpt`: the trained weights only (adapters and latent head), or all of them; or the written reasoning before it."""
 
-    name = "CoLaR checkpoint (llm.… and latent_policy.…)"
+    name = "CoLaR checkpoint (llm.… and latent_policy.…, or llm.… alone)"
 
     def recognise(self, files: FolderFiles) -> Layout | None:
-        """The file, where it holds a latent policy."""
+        """The file, where it holds a latent policy or nothing but a language model."""
         file = files.file.name if files.file else next((name for name in files.names if name.endswith(".ckpt")), "")
         names = files.shapes(file) if file else {}
-        return Layout("colar", self.name, {"file": file}) if any(key.startswith(HEAD) for key in names) else None
+        known = any(key.startswith(HEAD) for key in names) or (names and all(key.startswith(LLM) for key in names))
+        return Layout("colar", self.name, {"file": file}) if known else None
 
     def load(self, folder: Path, layout: Layout, **answers: Any) -> ColarModel:
         """The model with its adapters added.
 
         `backbone=` names the model it was trained from (always needed: frozen weights are not in the file). Further: `tokenizer=`,
         `lora_alpha=` (32 in every recipe), `embeds_std=` (the official code's for backbones it knows by name, else measured on the
-        embeddings), `sep_id=`, `eos_id=`.
+        embeddings), `sep_id=`, `eos_id=`; `lp_intermediate_size=` of the new head of a file without one.
         """
         check_answers(answers, ANSWERS)
         path = folder if folder.is_file() else folder / layout.found["file"]
@@ -93,9 +97,10 @@ def _settings(state: State, prefix: str, answers: Mapping[str, Any], base, token
             raise SettingsError("The separator's id is unknown without a tokenizer; pass tokenizer=… or sep_id=….")
         sep = separator_id(tokenizer)
     std = answers.get("embeds_std") or float(base.get_input_embeddings().weight.detach().float().std())
+    head = f"{prefix}fc.0.weight" in state
     return ColarSettings.check(
-        lp_intermediate_size=state[f"{prefix}fc.0.weight"].shape[0],
-        lp_deterministic=f"{prefix}log_std.weight" not in state,
+        lp_intermediate_size=state[f"{prefix}fc.0.weight"].shape[0] if head else answers.get("lp_intermediate_size", 0),
+        lp_deterministic=head and f"{prefix}log_std.weight" not in state,
         embeds_std=float(std),
         lora_r=0,
         sep_id=sep,
@@ -106,7 +111,10 @@ def _settings(state: State, prefix: str, answers: Mapping[str, Any], base, token
 
 def _built(base, tokenizer, s: ColarSettings, state: State, prefix: str, source: Path) -> ColarModel:
     model = ColarModel.build(base, tokenizer, s.model_dump(mode="json"), source=str(source))
-    load_exact(model.parts.head, part(state, prefix), what=f"{source.name} ({prefix.rstrip('.')})")
+    if head := part(state, prefix):
+        load_exact(model.parts.head, head, what=f"{source.name} ({prefix.rstrip('.')})")
+    else:
+        log.warning("%s holds a model of written reasoning: its latent head is new and must be trained.", source.name)
     return model.eval()
 
 

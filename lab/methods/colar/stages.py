@@ -37,7 +37,8 @@ def start(backbone: str, checkpoint: str, settings: ColarSettings, seed: int, dt
     import lab
 
     if checkpoint:
-        model = lab.load(checkpoint, method="colar")
+        official = {"backbone": backbone, "lora_alpha": settings.lora_alpha, "lp_intermediate_size": settings.lp_intermediate_size}
+        model = lab.load(checkpoint, method="colar", **(official if checkpoint.endswith(".ckpt") else {}))
         model.adapt(settings)
         return model
     if backbone.startswith("toy:"):
