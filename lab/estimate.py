@@ -1,8 +1,8 @@
 """What a recipe's trainings will need, before anything is downloaded: parameters, memory, steps, and time from one measured step.
 
 Parameters and activations are counted from shapes alone. Time is that of one and of two layers of the same shape, measured here, forward
-and back, and scaled to all layers, tokens and steps. All of it is an estimate: rows are taken at their benchmark's mean length, and the
-method's own small weights are counted but not timed.
+and back, and scaled to all layers, tokens and steps, with the update's beside it. All of it is an estimate (`benchmarks/estimate.py`): rows
+are taken at their benchmark's mean length, and the method's own small weights are counted but not timed.
 """
 
 import importlib
@@ -171,15 +171,15 @@ def _adapters(t: Training) -> int:
 
 def _memory(t: Training, total: int, learning: int) -> dict[str, float]:
     """Bytes on each device. What learns, its gradients and moments are in float32; what is frozen is as wide as the autocast."""
-    shares = t.processes if t.sharding == "fsdp" else 1
+    shares = 1 if t.sharding == "ddp" else t.processes
     wide = 2 if t.bf16 else 4
-    whole, one = (activations(_key(t), _micro(t), tokens, t.bf16) for tokens in (t.tokens, 1))
+    whole, one = (activations(_key(t), _micro(t), tokens, t.bf16, t.frozen) for tokens in (t.tokens, 1))
+    logits = 4 * _micro(t) * t.tokens * _config(t).vocab_size  # the loss holds two more of them on its way back
     return {
         "weights": 4 * learning + wide * (total - learning),
         "gradients": 4 * learning,
-        "optimizer": 8 * learning / shares,
-        "activations": t.passes * activations(_key(t), _micro(t), t.tokens, t.bf16)
-        + t.thoughts * activations(_key(t), _micro(t), 1, t.bf16),
+        "optimizer": (12 if t.sharding.startswith("zero") else 8) * learning / shares,  # ZeRO also copies the weights
+        "activations": t.passes * whole + t.thoughts * one + 2 * logits,
     }
 
 
@@ -192,9 +192,9 @@ def _key(t: Training) -> Key:
     return t.backbone, t.pruned, tuple(sorted(t.shape.items()))
 
 
-def activations(key: Key, rows: int, tokens: int, half: bool = False) -> float:
+def activations(key: Key, rows: int, tokens: int, half: bool = False, frozen: bool = False) -> float:
     """Bytes that a forward pass of `rows` × `tokens` keeps for its backward pass, counted on tensors without numbers."""
-    return _of_all_layers(_kept, key, rows, tokens, half)
+    return _of_all_layers(_kept, key, rows, tokens, half, frozen)
 
 
 def _of_all_layers(measure: Callable[..., float], key: Key, *asked: Any) -> float:
@@ -205,7 +205,7 @@ def _of_all_layers(measure: Callable[..., float], key: Key, *asked: Any) -> floa
 
 
 @cache
-def _kept(key: Key, layers: int, rows: int, tokens: int, half: bool) -> float:
+def _kept(key: Key, layers: int, rows: int, tokens: int, half: bool, frozen: bool) -> float:
     import torch
     from torch._subclasses import FakeTensorMode
 
@@ -217,14 +217,15 @@ def _kept(key: Key, layers: int, rows: int, tokens: int, half: bool) -> float:
         return tensor
 
     with FakeTensorMode():
-        model = _model(config, torch.bfloat16 if half else torch.float32)
+        model = _model(config, torch.bfloat16 if half else torch.float32, frozen)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = _loss(model, torch.zeros(rows, tokens, dtype=torch.long))  # noqa: F841 - its graph holds what is counted
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
 
 
-def _model(config: Any, dtype: Any = None) -> Any:
+def _model(config: Any, dtype: Any = None, frozen: bool = False) -> Any:
+    """Of a configuration; `frozen`: gradients go through it, to what is read, and stop nowhere."""
     import torch
 
     from lab.models.backbones import causal_class
@@ -232,9 +233,12 @@ def _model(config: Any, dtype: Any = None) -> Any:
     config.use_cache, before = False, torch.get_default_dtype()
     torch.set_default_dtype(dtype or before)
     try:
-        return causal_class(config)(config)
+        model = causal_class(config)(config)
     finally:
         torch.set_default_dtype(before)
+    if frozen:
+        model.requires_grad_(False).get_input_embeddings().register_forward_hook(lambda module, ids, read: read.requires_grad_())
+    return model
 
 
 def _loss(model: Any, ids: Any) -> Any:
@@ -265,15 +269,20 @@ def free_memory() -> tuple[int, str]:
 
 
 def _seconds(t: Training) -> float:
-    """Seconds of an optimizer step: passes over rows and thoughts, and a rollout's decoding, shared by the processes."""
-    rows = _micro(t)
-    batches = math.ceil(t.rows / t.processes / rows)
-    whole = t.passes * _passed(_key(t), rows, t.tokens, t.bf16)
-    one = _passed(_key(t), rows, 1, t.bf16) if t.thoughts or t.decoded else 0.0
-    return batches * (whole + (t.thoughts + t.decoded / 3) * one)  # decoding goes forward only
+    """Seconds of an optimizer step: passes over rows and thoughts and a rollout's decoding, shared by the processes, and the update.
+
+    In a frozen backbone, what learns costs as much as its share of the weights says.
+    """
+    rows, (total, learning) = _micro(t), counts(t)
+    batches, frozen = math.ceil(t.rows / t.processes / rows), bool(t.frozen or t.lora[0])
+    whole = t.passes * _passed(_key(t), rows, t.tokens, t.bf16, frozen)
+    one = _passed(_key(t), rows, 1, t.bf16, frozen) if t.thoughts or t.decoded else 0.0
+    beside = 1.5 * learning / total if frozen else 0.0
+    update = _update() * learning / (t.processes if t.sharding == "fsdp" else 1)
+    return batches * (1 + beside) * (whole + (t.thoughts + t.decoded / 3) * one) + update  # decoding goes forward only
 
 
-def _passed(key: Key, rows: int, tokens: int, half: bool) -> float:
+def _passed(key: Key, rows: int, tokens: int, half: bool, frozen: bool) -> float:
     """Seconds of a pass of the whole model over `rows` × `tokens` and back.
 
     One and two layers are timed on as many tokens as take a second or so, with a small vocabulary; the head counts as the layers do,
@@ -289,43 +298,65 @@ def _passed(key: Key, rows: int, tokens: int, half: bool) -> float:
     most = max(1, int((1e13 if torch.cuda.is_available() else 3e10) / (6 * layer)))
     wide = min(tokens, most)
     some = max(1, min(rows, most // wide))
-    one, two = (_timed(key, layers, some, wide, half) for layers in (1, 2))
+    one, two = (_timed(key, layers, some, wide, half, frozen) for layers in (1, 2))
     each = max(two - one, 0.1 * one)
     head = max(0, config.vocab_size - SMALL_VOCABULARY) * config.hidden_size / layer
     return rows * tokens / (some * wide) * (max(one - each, 0.0) + (config.num_hidden_layers + head) * each)
 
 
 @cache
-def _timed(key: Key, layers: int, rows: int, tokens: int, half: bool) -> float:
+def _timed(key: Key, layers: int, rows: int, tokens: int, half: bool, frozen: bool) -> float:
     import torch
 
     config = _configured(key, layers)
     config.vocab_size = min(config.vocab_size, SMALL_VOCABULARY)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.device("meta"):
-        model = _model(config).train()
+        model = _model(config, frozen=frozen).train()
     model.to_empty(device=device)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data.fill_(0.01)  # any number will do
     with device:
         ids = torch.zeros(rows, tokens, dtype=torch.long)
-        times = [_pass(model, ids, half) for _ in range(3)]
-        while sum(times) < 0.3:  # short passes are timed more often: something else may run beside them
-            times.append(_pass(model, ids, half))
-        return min(times)
+        return _fastest(lambda: _pass(model, ids, half))
 
 
-def _pass(model: Any, ids: Any, half: bool) -> float:
+def _pass(model: Any, ids: Any, half: bool) -> None:
     import torch
 
-    began = time.perf_counter()
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=half):
         loss = _loss(model, ids)
     loss.backward()
-    if ids.is_cuda:
-        torch.cuda.synchronize()
     model.zero_grad()
-    return time.perf_counter() - began
+
+
+@cache
+def _update() -> float:
+    """Seconds of clipping and AdamW for each parameter that learns, measured on four million."""
+    import torch
+
+    weight = torch.nn.Parameter(torch.zeros(1 << 22, device="cuda" if torch.cuda.is_available() else "cpu"))
+    weight.grad, optimizer = torch.zeros_like(weight), torch.optim.AdamW([weight], fused=True)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_([weight], 1.0)
+        optimizer.step()
+
+    return _fastest(update) / weight.numel()
+
+
+def _fastest(work: Callable[[], Any]) -> float:
+    """Seconds of the fastest of three; short work is timed more often, as something else may run beside it."""
+    import torch
+
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < 0.3:
+        began = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 
 # ---- in words ----
