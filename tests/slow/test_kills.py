@@ -30,19 +30,18 @@ KILLS = 20
 PROGRAM = "import sys, json; sys.path.insert(0, sys.argv[1]); import launch_targets as t; {call}"
 
 
-def start(call):
-    return subprocess.Popen([sys.executable, "-c", PROGRAM.format(call=call), str(HERE)])
+def command(call):
+    return [sys.executable, "-c", PROGRAM.format(call=call), str(HERE)]
 
 
 def run_to_the_end(call):
-    process = start(call)
-    assert process.wait(300) == 0
+    subprocess.run(command(call), check=True, timeout=900)  # seconds, unless the machine is very busy
 
 
 def kill_at(call, path, lines):
     """Starts `call` and kills it once `path` has so many lines."""
-    process = start(call)
-    end = time.monotonic() + 300
+    process = subprocess.Popen(command(call))
+    end = time.monotonic() + 900
     while process.poll() is None and time.monotonic() < end:
         if path.exists() and path.read_bytes().count(b"\n") >= lines:
             break
