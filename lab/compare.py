@@ -7,6 +7,7 @@ measured, and stands in the table beside what it was given.
 
 import logging
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ SPENT = "spent.json"
 
 
 class Budget(Settings):
-    """`amount` of `unit` for every method. Tokens and seconds are turned into steps by what `probe` steps of the method cost."""
+    """`amount` of `unit` for every method; tokens and seconds become steps by what `probe` of its steps cost, and three times as many."""
 
     unit: Literal["steps", "tokens", "seconds"] = "steps"
     amount: float = Field(600, gt=0)
@@ -110,12 +111,18 @@ def learn(name: str, begin: Start, budget: Budget) -> tuple[Trained, dict[str, A
     """A method trained within the budget, and what that took: steps, forward tokens, seconds."""
     train, steps, meter = entrant(name), int(budget.amount), Meter()
     if budget.unit != "steps":
-        probe = replace(begin, meter=Meter(), folder=begin.folder / "probe")
-        train(probe, budget.probe)
-        cost = getattr(probe.meter, budget.unit) / budget.probe
-        steps = max(budget.probe, round(budget.amount / cost)) if cost else 0
+        _, more, few = (_cost(train, begin, budget.unit, budget.probe * n) for n in (1, 3, 1))  # the first one warms up
+        each = (more - few) / (2 * budget.probe)  # what a method does once (checks, measuring a threshold) is no part of a step
+        steps = max(budget.probe, round((budget.amount - few) / each) + budget.probe) if each > 0 else 0
     trained = train(replace(begin, meter=meter), steps)
     return trained, {"steps": steps if meter.tokens else 0, "tokens": meter.tokens, "seconds": round(meter.seconds, 2)}
+
+
+def _cost(train: Any, begin: Start, unit: str, steps: int) -> float:
+    with tempfile.TemporaryDirectory() as scratch:
+        probe = replace(begin, meter=Meter(), folder=Path(scratch))
+        train(probe, steps)
+    return getattr(probe.meter, unit)
 
 
 def table(folder: Path) -> list[dict[str, Any]]:
