@@ -2,6 +2,9 @@
 
 import csv
 import json
+from contextlib import nullcontext
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import torch
 
@@ -28,9 +31,13 @@ max_completion_length: 8
 """
 
 
-def test_train_and_evaluate_from_yaml(tmp_path):
-    said = []
-    for name, text in (("train", TRAIN), ("eval", EVAL)):
+def test_train_and_evaluate_from_yaml(tmp_path, monkeypatch):
+    said, sent = [], {}
+    tracked = find_spec("wandb") is not None
+    if tracked:
+        run = SimpleNamespace(log=sent.update)
+        monkeypatch.setattr("wandb.init", lambda **about: nullcontext(run) if about["project"] == "dtt-eval" else None)
+    for name, text in (("train", TRAIN), ("eval", EVAL + "wandb_project_eval: dtt-eval\n" * tracked)):
         (tmp_path / f"{name}.yaml").write_text(text.format(folder=tmp_path / "out"))
     assert main(["train", "--config_path", str(tmp_path / "train.yaml")], said.append) == 0, said
     assert json.loads(said[-1])["largest_gap"] <= 1e-4
@@ -44,3 +51,10 @@ def test_train_and_evaluate_from_yaml(tmp_path):
     assert len(gates) == len(states) == 64 and all(len(g) == len(h) for g, h in zip(gates, states, strict=True))
     correct = sum(row["is_correct"] == "True" for row in rows)
     assert numbers["accuracy"] == correct / 64
+    if tracked:
+        assert sent["evaluation/accuracy"] == sent["eval_accuracy"] == correct / 64
+        assert {"avg_latent_steps", "avg_gate_inside", "avg_gate_outside", "gate_histogram"} <= sent.keys()
+        assert ("reasoning_length_histogram" in sent) is any(row["latent_steps"] for row in rows)
+        assert len(sent["eval_table"].data) == len(sent["evaluation/results_table"].data) == 64
+        wanted = {"question", "generated", "answer", "ground_truth", "is_correct", "latent_steps", "gate_inside", "gate_outside"}
+        assert set(sent["eval_table"].columns) == wanted

@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ EVAL: dict[str, str | None] = {
     "load_in_4bit_eval": "",
     "lora_target_modules_eval": None,
     "dataset_split_eval": "split",
-    "wandb_project_eval": None,
+    "wandb_project_eval": "",
     "seed": "decoding.seed",
     "hidden_size": None,
     "embedding_dim": None,
@@ -155,7 +156,10 @@ def train(path: str, processes: int = 1) -> Values:
 
 
 def evaluate(path: str) -> Values:
-    """Evaluates as the YAML says; the artefacts lie in `eval_output_dir`, by default `<checkpoint>/evaluation`."""
+    """Evaluates as the YAML says; the artefacts lie in `eval_output_dir`, by default `<checkpoint>/evaluation`.
+
+    With `wandb_project_eval`, numbers, tables and histograms go to W&B as well, under the published names.
+    """
     from lab.evaluate import Decoding
     from lab.methods.dtt.data import prepare
     from lab.methods.dtt.evaluate import evaluate_gated
@@ -165,6 +169,8 @@ def evaluate(path: str) -> Values:
     _place(out, found, EVAL)
     if not out.get("checkpoint"):
         raise SettingsError("The YAML names no checkpoint (model_checkpoint_path).")
+    if found.get("wandb_project_eval") and find_spec("wandb") is None:
+        raise SettingsError("wandb_project_eval needs a package that is not there; run: pip install wandb (or take the key out).")
     own = Path(out["checkpoint"], "lab.json").is_file()
     model = gated_model(out["checkpoint"], **({} if own or "backbone" not in out else {"backbone": out["backbone"]}))
     model.gate.temperature, model.gate.hard = out.get("temperature", 1.0), out.get("hard", True)
@@ -175,7 +181,35 @@ def evaluate(path: str) -> Values:
     numbers = evaluate_gated(model, chosen, _dataset(found), folder, Decoding.check(**out["decoding"]), drawn=not model.gate.hard)
     numbers |= {"eval_accuracy": numbers["accuracy"]}
     write_json(folder / "evaluation.numbers.json", numbers)
+    if found.get("wandb_project_eval"):
+        _to_wandb(found["wandb_project_eval"], numbers, folder)
     return numbers
+
+
+SENT = ("eval_accuracy", "avg_latent_steps", "avg_gate_inside", "avg_gate_outside")
+EVAL_TABLE = {
+    "prompt": "question",
+    "predicted_answer": "answer",
+    "gate_mean_reasoning": "gate_inside",
+    "gate_mean_non_reasoning": "gate_outside",
+}
+
+
+def _to_wandb(project: str, numbers: Values, folder: Path) -> None:
+    import pandas as pd
+    import wandb
+
+    from lab.methods.dtt.evaluate import TABLE, said_in
+
+    rows, table = said_in(folder), pd.read_csv(folder / TABLE)
+    early = table.drop(columns="reasoning_text").rename(columns=EVAL_TABLE).assign(generated=[row["text"] for row in rows])
+    shown = {"evaluation/accuracy": numbers["accuracy"], **{name: numbers[name] for name in SENT}}
+    shown |= {"evaluation/results_table": wandb.Table(dataframe=table), "eval_table": wandb.Table(dataframe=early)}
+    shown |= {"gate_histogram": wandb.Histogram([gate for row in rows for gate in row["gate"]])}
+    if lengths := table["latent_steps"].dropna().tolist():
+        shown["reasoning_length_histogram"] = wandb.Histogram(lengths)
+    with wandb.init(project=project, job_type="evaluation") as run:
+        run.log(shown)
 
 
 def main(arguments: Sequence[str] | None = None, show: Callable[[str], Any] = sys.stdout.write) -> int:
