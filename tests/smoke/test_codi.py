@@ -263,6 +263,14 @@ def test_released_latent_tts_folder(tmp_path: Path):
     )
 
 
+def test_the_models_own_forward_gives_the_same_answers_but_cannot_show_pads(model: CodiModel):
+    other = open_fixture(model.backbone.config.model_type, forward="transformers")
+    ours, theirs = (generate(one, QUESTIONS[:3], max_new_tokens=8) for one in (model, other))
+    assert [row.ids for row in ours.rows] == [row.ids for row in theirs.rows]
+    with pytest.raises(SettingsError, match="forward='own'"):
+        generate(open_fixture("gpt2", compat="codi", forward="transformers"), QUESTIONS[:2], max_new_tokens=2)
+
+
 def test_unusable_examples_are_dropped_counted_and_named():
     tokenizer = load_tokenizer(str(FIXTURES / "tok_gpt2"))
     s = CodiSettings(eos_id=0, bot_id=1, eot_id=2, max_token_num=100)

@@ -110,6 +110,8 @@ class _PadDecoder:
         return self._decoder(*args, **kwargs)
 
     def slots(self, rows: int, capacity: int) -> SlotKV:
+        if not hasattr(self._decoder, "shape"):
+            raise SettingsError("compat = 'codi' shows pads to later tokens, which only lab's own step can; load with forward='own'.")
         weight = self._decoder.table.weight
         return _AttendedPads(self._decoder.shape, rows, capacity, weight.dtype, weight.device)
 
