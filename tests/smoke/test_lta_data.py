@@ -6,13 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from test_lta_prompting import TOKENIZERS
 
 from lab import papers
 from lab.data.examples import Dataset, Example
-from lab.errors import DataError, SettingsError
+from lab.errors import CheckpointError, DataError, SettingsError
 from lab.evaluate import Decoding, Output
 from lab.methods.lta import stages
+from lab.methods.lta.checkpoint import export_official
 from lab.models.backbones import load_backbone
 
 TASKS = ("gsm8k", "strategyqa", "math", "aqua")
@@ -171,3 +173,14 @@ def test_the_published_evaluation_command_is_understood():
         stages.published(values["evaluate"] | {"att_file_name": "elsewhere/TransformerBlock.bin"})
     with pytest.raises(SettingsError, match="into one folder"):
         stages.published(values["evaluate"] | {"params_file_name": ""})
+
+
+def test_a_training_starts_from_published_weights(base, files, tmp_path):
+    values = values_of(base, files, "gsm8k")["train"]
+    first = stages.start(values)
+    export_official(first, tmp_path / "official")
+    named = {"params_file_name": str(tmp_path / "official" / "projection.bin"), "seed": 5}
+    again = stages.start(values | named | {"att_file_name": str(tmp_path / "official" / "TransformerBlock.bin")})
+    assert all(torch.equal(a, b) for a, b in zip(first.parts.parameters(), again.parts.parameters(), strict=True))
+    with pytest.raises(CheckpointError, match="block.linear1"):
+        stages.start(values | named)

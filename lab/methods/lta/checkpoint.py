@@ -107,6 +107,12 @@ def official_names(projection: State, block: State | None) -> State:
     return state | ({"starts": projection["embedding"]} if "embedding" in projection else {})
 
 
+def load_weights(model: ThoughtModel, projection: str, block: str = "") -> None:
+    """Fills a model to train from published files, `block` where it has one; CheckpointError where they do not fit it."""
+    states = [read_state(Path(path).expanduser()) if path else None for path in (projection, block)]
+    load_exact(model.parts, official_names(*states), what=Path(projection).name)
+
+
 def export_official(model: ThoughtModel, folder: Path | str) -> Path:
     """`folder` with the published files; SettingsError for a control, which has no such files."""
     folder, state = Path(folder), {key: value.detach().cpu().clone() for key, value in model.parts.state_dict().items()}

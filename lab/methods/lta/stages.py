@@ -19,6 +19,7 @@ from lab.evaluate import Decoding, Evaluation, evaluate, read_samples
 from lab.latent.plan import Kept
 from lab.launch import on_main
 from lab.methods.lta import toy
+from lab.methods.lta.checkpoint import load_weights
 from lab.methods.lta.config import FAMILIES, LtaSettings, family_of
 from lab.methods.lta.data import ThoughtBatch, batch_of, one_count
 from lab.methods.lta.model import ThoughtModel
@@ -133,6 +134,8 @@ def start(values: dict[str, Any]) -> ThoughtModel:
     if settings.num_scaling_times > 1:
         first = FAMILIES[family].first_slot
         model.use_assistant(assistant, model.assistant_tokenizer, list(range(first, first + settings.num_scaling_times)))
+    if values["params_file_name"]:
+        load_weights(model, *(values[name] for name in ("params_file_name", "att_file_name")))
     return model
 
 
