@@ -244,14 +244,16 @@ def _name(run: int) -> str:
 
 
 def memory_gib(run: int) -> float:
-    """What the process `run`, all that it started and the kernels forked for it hold (resident; shared pages count in each of them)."""
+    """What the process `run`, all that it started and the kernels forked for it hold, with shared pages (libraries) counted once."""
     import psutil
 
     found = {process.pid: process.info for process in psutil.process_iter(["ppid", "name", "memory_info"])}
     own = {pid for pid, info in found.items() if pid == run or info["name"] == _name(run)}
     while more := {pid for pid, info in found.items() if info["ppid"] in own} - own:
         own |= more
-    return sum(found[pid]["memory_info"].rss for pid in own if found[pid]["memory_info"]) / 2**30
+    held = [found[pid]["memory_info"] for pid in own if found[pid]["memory_info"]]
+    shared = [getattr(memory, "shared", 0) for memory in held]
+    return (sum(memory.rss for memory in held) - sum(shared) + max(shared, default=0)) / 2**30
 
 
 def _settle_torch_and_draws() -> None:
