@@ -35,9 +35,9 @@ def _is_fsdp(module: nn.Module) -> bool:
 
 
 def shard(module: nn.Module, device: torch.device, how: Sharding) -> nn.Module:
-    """Moves `module` to `device`, the same on all processes, for `how` ddp is not; transformers' Trainer then wraps it no further.
+    """Moves `module` to `device`, with rank 0's weights everywhere, so that transformers' Trainer wraps it no further.
 
-    With fsdp each process is left its piece of every parameter, with zero1 and zero2 `split` cuts what the optimizer keeps.
+    With fsdp each process is left its piece of every parameter; with zero1 and zero2 it is `split` that cuts what the optimizer keeps.
     """
     module.to(device)
     for tensor in module.state_dict().values():
