@@ -42,6 +42,7 @@ class Training:
         lora: (rank, linears) of adapters; then the backbone is frozen, as it is where `frozen`.
         rows: of a global batch; micro: of them at a time in a process. tokens: of a row. steps: optimizer steps, all arms.
         passes: how often the body reads a row's tokens with gradient. thoughts: further passes over one token a row.
+        said: share of a row's tokens whose words are predicted; the vocabulary head reads no others. Thoughts are never said.
         decoded: tokens that each row of a rollout generates before its update.
     """
 
@@ -60,6 +61,7 @@ class Training:
     pruned: int = 0
     passes: float = 1.0
     thoughts: int = 0
+    said: float = 1.0
     decoded: int = 0
     bf16: bool = False
     processes: int = 1
@@ -173,8 +175,9 @@ def _memory(t: Training, total: int, learning: int) -> dict[str, float]:
     """Bytes on each device. What learns, its gradients and moments are in float32; what is frozen is as wide as the autocast."""
     shares = 1 if t.sharding == "ddp" else t.processes
     wide = 2 if t.bf16 else 4
-    whole, one = (activations(_key(t), _micro(t), tokens, t.bf16, t.frozen) for tokens in (t.tokens, 1))
-    logits = 4 * _micro(t) * t.tokens * _config(t).vocab_size  # the loss holds two more of them on its way back
+    whole = activations(_key(t), _micro(t), t.tokens, t.bf16, t.frozen, t.said)
+    one = activations(_key(t), _micro(t), 1, t.bf16, t.frozen, 0.0)
+    logits = 4 * _micro(t) * t.tokens * t.said * _config(t).vocab_size  # the loss holds two more of them on its way back
     return {
         "weights": 4 * learning + wide * (total - learning),
         "gradients": 4 * learning,
@@ -192,9 +195,9 @@ def _key(t: Training) -> Key:
     return t.backbone, t.pruned, tuple(sorted(t.shape.items()))
 
 
-def activations(key: Key, rows: int, tokens: int, half: bool = False, frozen: bool = False) -> float:
+def activations(key: Key, rows: int, tokens: int, half: bool = False, frozen: bool = False, said: float = 1.0) -> float:
     """Bytes that a forward pass of `rows` × `tokens` keeps for its backward pass, counted on tensors without numbers."""
-    return _of_all_layers(_kept, key, rows, tokens, half, frozen)
+    return _of_all_layers(_kept, key, rows, tokens, half, frozen, said)
 
 
 def _of_all_layers(measure: Callable[..., float], key: Key, *asked: Any) -> float:
@@ -205,7 +208,7 @@ def _of_all_layers(measure: Callable[..., float], key: Key, *asked: Any) -> floa
 
 
 @cache
-def _kept(key: Key, layers: int, rows: int, tokens: int, half: bool, frozen: bool) -> float:
+def _kept(key: Key, layers: int, rows: int, tokens: int, half: bool, frozen: bool, said: float) -> float:
     import torch
     from torch._subclasses import FakeTensorMode
 
@@ -219,7 +222,7 @@ def _kept(key: Key, layers: int, rows: int, tokens: int, half: bool, frozen: boo
     with FakeTensorMode():
         model = _model(config, torch.bfloat16 if half else torch.float32, frozen)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = _loss(model, torch.zeros(rows, tokens, dtype=torch.long))  # noqa: F841 - its graph holds what is counted
+            loss = _loss(model, torch.zeros(rows, tokens, dtype=torch.long), said)  # noqa: F841 - its graph holds what is counted
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
 
@@ -241,12 +244,13 @@ def _model(config: Any, dtype: Any = None, frozen: bool = False) -> Any:
     return model
 
 
-def _loss(model: Any, ids: Any) -> Any:
+def _loss(model: Any, ids: Any, said: float = 1.0) -> Any:
     import torch
 
     mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()[None, None]  # whole, so that nobody looks for pads in it
-    logits = model(input_ids=ids, attention_mask=mask).logits.float()
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    few = max(1, round(said * ids.shape[1]))
+    logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=few).logits.float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, -few:].flatten(), reduction="sum")
 
 
 def free_memory() -> tuple[int, str]:
@@ -275,14 +279,15 @@ def _seconds(t: Training) -> float:
     """
     rows, (total, learning) = _micro(t), counts(t)
     batches, frozen = math.ceil(t.rows / t.processes / rows), bool(t.frozen or t.lora[0])
-    whole = t.passes * _passed(_key(t), rows, t.tokens, t.bf16, frozen)
-    one = _passed(_key(t), rows, 1, t.bf16, frozen) if t.thoughts or t.decoded else 0.0
+    whole = t.passes * _passed(_key(t), rows, t.tokens, t.bf16, frozen, t.said)
+    thought = _passed(_key(t), rows, 1, t.bf16, frozen, 0.0) if t.thoughts else 0.0
+    word = _passed(_key(t), rows, 1, t.bf16, frozen) / 3 if t.decoded else 0.0  # forward only
     beside = 1.5 * learning / total if frozen else 0.0
     update = _update() * learning / (t.processes if t.sharding == "fsdp" else 1)
-    return batches * (1 + beside) * (whole + (t.thoughts + t.decoded / 3) * one) + update  # decoding goes forward only
+    return batches * (1 + beside) * (whole + t.thoughts * thought + t.decoded * word) + update
 
 
-def _passed(key: Key, rows: int, tokens: int, half: bool, frozen: bool) -> float:
+def _passed(key: Key, rows: int, tokens: int, half: bool, frozen: bool, said: float = 1.0) -> float:
     """Seconds of a pass of the whole model over `rows` × `tokens` and back.
 
     One and two layers are timed on as many tokens as take a second or so, with a small vocabulary; the head counts as the layers do,
@@ -300,7 +305,7 @@ def _passed(key: Key, rows: int, tokens: int, half: bool, frozen: bool) -> float
     some = max(1, min(rows, most // wide))
     one, two = (_timed(key, layers, some, wide, half, frozen) for layers in (1, 2))
     each = max(two - one, 0.1 * one)
-    head = max(0, config.vocab_size - SMALL_VOCABULARY) * config.hidden_size / layer
+    head = said * max(0, config.vocab_size - SMALL_VOCABULARY) * config.hidden_size / layer
     return rows * tokens / (some * wide) * (max(one - each, 0.0) + (config.num_hidden_layers + head) * each)
 
 

@@ -1,6 +1,8 @@
 """What an estimate says against what a training takes."""
 
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,16 +64,22 @@ def test_what_is_frozen_shared_or_halved_takes_less():
     assert kept + 2 * 4 * 8 * 64 * 300 == plain["activations GiB"] * estimate.GIB
 
 
-def test_a_frozen_backbone_keeps_less_and_is_gone_through_faster():
+def test_a_frozen_backbone_keeps_less_and_is_gone_through_faster(monkeypatch):
     from dataclasses import replace
 
-    told, wide = (
-        row(replace(TINY, frozen=True, parts=lambda config: torch.nn.Linear(8, 8))),
-        {"vocab_size": 300, "layers": 2, "hidden": 256},
-    )
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=time.process_time))  # another process may be at work
+    told = row(replace(TINY, frozen=True, parts=lambda config: torch.nn.Linear(8, 8)))
     assert told["learning"] == 72 and told["activations GiB"] < 0.9 * row(TINY, measure=False)["activations GiB"]
     body = replace(TINY, shape={"vocab_size": 300, "layers": 2, "hidden": 256})
     assert row(replace(body, lora=(2, ("q",))))["seconds a step"] < 0.9 * row(body)["seconds a step"]
+
+
+def test_a_method_that_says_few_words_needs_less():
+    from dataclasses import replace
+
+    large = replace(TINY, shape={**SHAPE, "vocab_size": 5000})
+    some, none = (row(replace(large, said=said), measure=False)["activations GiB"] for said in (0.5, 0.0))
+    assert none < some < 0.6 * row(large, measure=False)["activations GiB"]
 
 
 def test_what_cannot_fit_is_told(monkeypatch):

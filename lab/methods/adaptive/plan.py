@@ -52,7 +52,7 @@ def trainings(settings: dict[str, Values]) -> Iterator[Training]:
     targets = tuple(target.removesuffix("_proj") for target in resolved.lora.get("target_modules", ()))
     latent = from_official(resolved.latent) if resolved.latent else AdaptiveSettings(filter="none")
     own = {"method": "adaptive", "settings": latent.model_dump(mode="json"), "lora": (resolved.lora.get("r", 0), targets)}
-    own |= {"thoughts": 6, "examples": v["train_problems"] if v["world"] else 0}
+    own |= {"thoughts": 6, "said": 0.5, "examples": v["train_problems"] if v["world"] else 0}
     world, arms = "" if v["world"] else "gsm8k_aug", len(v["arms"])
     both = {**v, "micro_batch": how.micro_batch, "bf16": how.bf16}
     yield of("train", both, name, how.global_batch, world, steps=arms * how.steps, epochs=arms * how.epochs, passes=1.5, **own)

@@ -11,5 +11,5 @@ def trainings(settings: dict[str, dict[str, Any]]) -> Iterator[Training]:
     v = settings["train"]
     shape = {"layers": v["layers"]} if v["backbone"].startswith("toy:") else {}
     epochs, thoughts = len(v["arms"]) * (v["num_epochs"] - v["resume"]), v["c_thought"] * v["max_latent_stage"]
-    own = {"examples": v["train_problems"], "shape": shape, "thoughts": thoughts}
+    own = {"examples": v["train_problems"], "shape": shape, "thoughts": thoughts, "said": 0.5}
     yield of("train", v, v["backbone"], v["batch_size"], v["benchmark"], epochs=epochs, **own)

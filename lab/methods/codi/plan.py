@@ -12,7 +12,7 @@ def trainings(settings: dict[str, dict[str, Any]]) -> Iterator[Training]:
     v = settings["train"]
     shape = {"layers": v["layers"]} if v["backbone"].startswith("toy:") else {}
     own = CodiSettings.check(**{name: v[name] for name in CodiSettings.model_fields if name in v})
-    how = {"method": "codi", "settings": own.model_dump(), "thoughts": own.num_latent, "passes": 1.5, "lora": (own.lora_r, ())}
+    how = {"method": "codi", "settings": own.model_dump(), "thoughts": own.num_latent, "passes": 1.5, "said": 0.5, "lora": (own.lora_r, ())}
     how |= {"examples": v["train_problems"], "shape": shape}
     arms = len(v["arms"])
     yield of("train", v, v["backbone"], v["batch_size"], v["benchmark"], steps=arms * v["steps"], epochs=arms * v["epochs"], **how)

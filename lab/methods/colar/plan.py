@@ -52,7 +52,7 @@ def trainings(settings: dict[str, dict[str, Any]]) -> Iterator[Training]:
     v = settings["train"]
     shape = SHAPE if v["backbone"].startswith("toy:") else {}
     own = {"method": "colar", "settings": model_settings(v).model_dump(), "lora": (v["lora_r"], ("q", "v")), "shape": shape}
-    own |= {"examples": v["train_questions"]}
+    own |= {"examples": v["train_questions"], "said": 0.5}
     for name, steps, epochs in (("warm-up", v["warm_up_steps"], 0.0), ("compressed", v["steps"], v["epochs"])):
         if (steps or epochs) and not (name == "warm-up" and v["checkpoint"]):
             yield of(f"train, {name}", v, v["backbone"], v["global_batch"], v["benchmark"], steps=steps, epochs=epochs, **own)
