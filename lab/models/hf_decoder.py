@@ -1,10 +1,11 @@
 """The decoder step of any transformers architecture, through the model's own forward and cache.
 
 Slower than `Decoder` and with the same results: masks and positions are explicit, so padding and ragged rows stay exact.
-Slot depths and adapters need a look inside the layers and are refused.
+Slot depths and adapters need a look inside the layers and are refused; dropout masks go into the modules of GPT-2 and Llama shapes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -66,23 +67,37 @@ class HFDecoder:
             raise SettingsError(f"{self.config.model_type!r} mixes attention types; lab feeds thoughts back through full attention only.")
         self.window = None if kinds else getattr(self.config, "sliding_window", None)  # of every layer (Mistral)
         self.table, self.head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        self.sites = dropout_sites(self.model.base_model)
 
     def __call__(
         self, x: Tensor, pos: Tensor, kv: HFKV, *, valid=None, depth=0, lora_gate=None, dropout=None, taps=(), patch=None, tail=False
     ):
-        if dropout is not None or patch is not None or lora_gate not in (None, False) or not (isinstance(depth, int) and depth == 0):
+        deep = patch is not None or lora_gate not in (None, False) or not (isinstance(depth, int) and depth == 0)
+        if deep or (dropout is not None and not self.sites):
             raise SettingsError(f"Dropout masks, slot depths, adapters and patches are not available for {self.config.model_type!r}.")
         kv.add(pos, torch.ones_like(pos, dtype=torch.bool) if valid is None else valid.bool())
         mask = None if kv.plain() else self._mask(x, pos, kv)
-        out = self.model.base_model(
-            inputs_embeds=x,
-            position_ids=pos,
-            attention_mask=mask,
-            past_key_values=kv.cache,
-            use_cache=True,
-            output_hidden_states=bool(taps),
-        )
+        with self._masked(dropout):
+            out = self.model.base_model(
+                inputs_embeds=x,
+                position_ids=pos,
+                attention_mask=mask,
+                past_key_values=kv.cache,
+                use_cache=True,
+                output_hidden_states=bool(taps),
+            )
         return Out(out.last_hidden_state, {tap: out.hidden_states[tap] for tap in taps})
+
+    @contextmanager
+    def _masked(self, dropout: Callable | None) -> Iterator[None]:
+        """Inside, the outputs of all dropout sites go through `dropout` (x, site, layer)."""
+        own = {} if dropout is None else self.sites
+        hooks = [module.register_forward_hook(lambda module, args, out, at=at: dropout(out, *at)) for at, module in own.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _mask(self, x: Tensor, pos: Tensor, kv: HFKV) -> Tensor:
         visible = (kv.pos[:, None] <= pos[:, :, None]) & kv.valid[:, None]
@@ -103,3 +118,15 @@ class HFDecoder:
 
     def slots(self, rows: int, capacity: int) -> HFKV:
         return self.grow()
+
+
+def dropout_sites(body: nn.Module) -> dict[tuple[str, int], nn.Module]:
+    """The modules behind whose outputs a dropout mask belongs, by site and layer as `Decoder` names them; {} for other shapes."""
+    layers, names = getattr(body, "h", ()), {"attention": "attn.resid_dropout", "mlp": "mlp.dropout"}
+    if not layers:
+        layers, names = getattr(body, "layers", ()), {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
+    try:
+        found = {(site, i): layer.get_submodule(name) for i, layer in enumerate(layers) for site, name in names.items()}
+    except AttributeError:  # modules of other names
+        return {}
+    return found | ({("embedding", -1): body.drop} if found and hasattr(body, "drop") else {})

@@ -119,8 +119,8 @@ def load(
         path_or_hub_id: local path, hub id, or `toy:<arch>[-<size>]`.
         method: which method's reading to take where several fit.
         dtype: of the backbone: auto (as saved), float32, bfloat16, float16.
-        forward: own = lab's step over the weights; transformers = the model's own forward, slower and without dropout masks, which rounds
-            as the released code does: thoughts that amplify every rounding error then agree with it to the last bit.
+        forward: own = lab's step over the weights; transformers = the model's own forward, slower, which rounds as the released code
+            does: thoughts that amplify every rounding error then agree with it to the last bit.
         answers: what the layout itself cannot say (backbone, alpha, …); the error names what is missing.
 
     Raises:

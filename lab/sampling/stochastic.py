@@ -65,7 +65,7 @@ def dropout(regime: str, p: float, decoder=None) -> Dropout:
     """
     if regime not in REGIMES:
         raise unknown("dropout regime", regime, REGIMES)
-    if decoder is not None and not hasattr(decoder, "blocks"):
+    if decoder is not None and not (hasattr(decoder, "blocks") or decoder.sites):
         raise SettingsError(f"{decoder.config.model_type!r} has no dropout sites that lab can reach; use noise instead.")
     return Dropout.check(p=p, **REGIMES[regime])
 

@@ -329,6 +329,19 @@ def test_colar_may_think_on_at_its_budget_as_released(released_colar, most):
     assert any(again for _, again, _ in seen) and (True, True, True) in seen
 
 
+@pytest.mark.parametrize("regime", ["thoughts", "annotation-rollouts", "colar"])
+def test_dropout_reaches_the_same_places_in_transformers_forward(generator, released_colar, regime):
+    for decoder, how in ((generator, (EOS,)), (released_colar.decoder, (EOS,))):
+        asked = prompts(load_file(FOLDER / "coconut_generation.safetensors"))
+        found = []
+        for own in (decoder, HFDecoder(decoder.model)):
+            masks = DropoutRegime(dropout(regime, 0.3, own), 3)
+            thinking = Counted(own, how, count=3, closing=(END,))
+            found.append(rollout(own, thinking, Prompt.of_ids(own, asked), 2, dropout=masks, budget=Budget(thoughts=3, answer=5)))
+        torch.testing.assert_close(found[0].thoughts, found[1].thoughts, atol=1e-4, rtol=1e-4)
+        assert found[0].answers() == found[1].answers()
+
+
 @torch.no_grad()
 def test_thoughts_by_transformers_forward_agree_to_the_last_bit(released_colar, tmp_path):
     model = load(released_colar.source, sep_id=40, eos_id=EOS, forward="transformers")
