@@ -50,6 +50,11 @@ def test_prefill_and_steps_equal_one_forward(model, mode, passes):
         assert done.iterations[row, : ids.shape[1]].tolist() == whole.iterations[0].tolist()
 
 
+def test_an_adapter_of_other_settings_is_another_adapter(model):
+    kept, made = (model.reconfigure(adapter_kwargs={**model.tah.adapter_kwargs, **more}) for more in ({}, {"r": 3}))
+    assert kept.lora is model.lora and made.lora.rank == 3
+
+
 def test_the_mode_of_attention_matters(model):
     runs = [decode(variant(model, mode, 2), PROMPTS, forced=FORCED, keep_logits=True).logits for mode in ("duo", "root", "same_iter")]
     assert all(
