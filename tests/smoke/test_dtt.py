@@ -21,9 +21,11 @@ from lab.methods.dtt.objective import gate_error, hrpo_loss, read
 from lab.methods.dtt.policy import Marker
 from lab.methods.dtt.reinforce import GatedThinking, GateLearning, progress_table
 from lab.methods.dtt.reward import RewardSettings, rewards_of
+from lab.methods.dtt.stages import gate_groups
 from lab.methods.dtt.tables import rollout_tables
 from lab.models.backbones import load_backbone
 from lab.models.tokenizers import byte_tokenizer, word_tokenizer
+from lab.optim import parameter_groups
 from lab.rl import Completions, RLSettings, gap, reinforce
 
 WORDS = ["Q", *(f"w{i}" for i in range(20)), "####"]
@@ -336,6 +338,16 @@ def test_hrpo_trains_with_the_same_trainer(tmp_path):
     result, _ = trained(tmp_path, made("qwen3", gate="hrpo", r_min=0.2, r_max=0.6), settings)
     assert result.row["logp_gap"] <= 1e-4 and "rewards/gate_sparsity/mean" not in result.row
     assert 0 < result.row["gate/mean"] < 1
+
+
+def test_hrpo_gates_learn_and_decay_as_published():
+    model = made("qwen3", gate="hrpo")
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, 5e-6, 0.1, gate_groups(model, 1e-4, 1e-3, 0.1))
+    told = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert told["parts.thinking_residual_gate_r.weight"] == told["parts.thinking_residual_gate_i.bias"] == (1e-4, 0.1)
+    assert told["parts.thinking_residual_Lambda.Lambda"] == (1e-3, 0.1)
+    assert {told[name] for name in told if "norm" in name} == {(5e-6, 0.0)}
 
 
 def test_hrpo_updates_by_the_published_loss(tmp_path, monkeypatch):

@@ -148,7 +148,7 @@ def run_arm(
     learner = gated_model(model, dtype="float32") if gated is None else fresh(model, benchmark, gated, seed)
     _adapt(learner, chosen.pop("forced", ""), lora)
     thinking = GatedThinking(learner, GateLearning.check(**gate, **chosen, weight=reward.gate_penalty_coeff))
-    settings = settings.but(groups=[Group(match=name, lr=rate) for name, rate in _rates(learner, lr_gate, lr_lambda)])
+    settings = settings.but(groups=gate_groups(learner, lr_gate, lr_lambda, settings.weight_decay))
     if settings.beta:
         thinking.hold_reference()
     asked = examples(benchmark, "train2", rows, seed, data)
@@ -188,11 +188,12 @@ def _told(result: Any, training: Path) -> dict[str, Any]:
     }
 
 
-def _rates(model: SparseGatedModel, gate: float, lam: float) -> list[tuple[str, float]]:
-    """Names and learning rates of the gate's own weights."""
+def gate_groups(model: SparseGatedModel, gate: float, lam: float, decay: float) -> list[Group]:
+    """Learning rates of the gate's own weights; HRPO's all decay, biases too (`dtt.md` 2.6)."""
     if model.config.gate == "hrpo":
-        return [("thinking_residual_gate", gate), ("thinking_residual_Lambda", lam)]
-    return [("gate_linear", gate)]
+        rates = {"thinking_residual_gate": gate, "thinking_residual_Lambda": lam}
+        return [Group(match=name, lr=rate, weight_decay=decay) for name, rate in rates.items()]
+    return [Group(match="gate_linear", lr=gate)]
 
 
 def _largest_gap(folder: Path) -> float:
