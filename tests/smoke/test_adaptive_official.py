@@ -115,6 +115,20 @@ def _ours(key):
     return f"{name}/scale" if "scaling" in key else f"{name}/{parts[2]}_{parts[1].split()[1].replace('-', '_')}"
 
 
+def test_weight_decay_of_rl_spares_biases_and_norms_alone(model, monkeypatch, tmp_path):
+    from lab.methods.adaptive import stages
+    from lab.optim import parameter_groups
+    from lab.rl import RLSettings
+
+    seen = []
+    monkeypatch.setattr(stages, "reinforce", lambda *given, **options: seen.append(given[5]))
+    stages.reinforce_length(model, examples(), RLSettings(steps=1, weight_decay=1e-3), tmp_path)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, 1e-5, 1e-3, seen[0].groups)
+    spared = {names[id(p)] for group in groups if not group["weight_decay"] for p in group["params"]}
+    assert spared == {name for name, p in model.named_parameters() if p.requires_grad and ("norm" in name or name.endswith("bias"))}
+
+
 def _short(key):
     key = key.replace("base_model.model._base_model.", "").replace("base_model.model.", "").replace(".modules_to_save.default", "")
     return key.replace(".default.weight", ".weight")

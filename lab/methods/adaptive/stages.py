@@ -142,7 +142,10 @@ def train_sft(
 
 
 def spare_specials(model: AdaptiveModel, settings: TrainSettings) -> TrainSettings:
-    """Settings without weight decay on the special-token modules, where biases and norms are spared too (2B.5)."""
+    """SFT's settings without weight decay on the special-token modules, where biases and norms are spared too (2B.5).
+
+    RL's trainer, there as here, spares biases and norms alone.
+    """
     if not model.config.special or settings.decay_all:
         return settings
     return settings.but(groups=[*settings.groups, _SPARED])
@@ -222,6 +225,4 @@ def reinforce_length(
     columns = {"label": [answer for _, answer in asked], "prompt_id": list(range(len(asked)))}
     prompts = [ids for ids, _ in asked]
     rewards = rewards_of(how or LengthReward())
-    if model.config.special and not settings.decay_all:
-        settings = settings.but(groups=[*settings.groups, _SPARED])
     return reinforce(model, thinking, prompts, columns, rewards, settings, folder, logger, validate=validate)
