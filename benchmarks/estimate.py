@@ -115,6 +115,20 @@ def name_of(t):
     return f"{t.backbone[4:]} {t.shape['hidden']} x {t.shape['layers']}, {rows} x {t.tokens}, vocabulary {t.shape['vocab_size']}{how}"
 
 
+def feedback_steps():
+    """(name, told, measured) seconds of the forward and backward passes of the steps that benchmarks/feedback.py times."""
+    import feedback
+
+    shape = {"rows": feedback.ROWS, "tokens": feedback.QUESTION + feedback.REASONING + feedback.ANSWER, "thoughts": feedback.THOUGHTS}
+    plain = Training("train", "toy:gpt2-mid", steps=1, said=0.45, **shape)
+    found = []
+    feedback.compare = lambda ours, floor, rounds: [found.append(ours)]
+    for made in (feedback.coconut_step("mid", 1), feedback.codi_step("mid", 1)):
+        list(made)
+    for name, t, ours in zip(("COCONUT", "CODI"), (plain, replace(plain, passes=1.5)), found, strict=True):
+        yield name, estimate._seconds(t) - estimate._update() * estimate.counts(t)[1], estimate._fastest(ours)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
@@ -132,6 +146,12 @@ def main():
             r = json.loads(said.splitlines()[-1])
             pairs = ((r["seconds a step"], r["seconds"]), (r["all GiB"], r["held GiB"]))
             print(f"| {name_of(t)} | " + " | ".join(f"{a:.3g} / {b:.3g} | {a / b:.2f}" for a, b in pairs) + " |", flush=True)
+    torch.set_num_threads(1)
+    estimate.time = SimpleNamespace(perf_counter=time.process_time)
+    for name, told, measured in () if asked.only else feedback_steps():
+        print(
+            f"| {name} step without its update, gpt2-mid, 16 x 93 | {told:.3g} / {measured:.3g} | {told / measured:.2f} | | |", flush=True
+        )
 
 
 if __name__ == "__main__":
