@@ -139,7 +139,7 @@ class TahModel(LatentModel):
         self._remember(self.tah.but(**{name: {**getattr(self.tah, name), "threshold": float(value)} for name in deciders}))
 
     def reconfigure(self, **changes) -> "TahModel":
-        """A model on the same backbone and adapter (nothing copied) under changed settings; a decider or adapter of other settings starts fresh."""
+        """A model on the same backbone and adapter, uncopied, under other settings; a decider or adapter of other settings starts fresh."""
         config = self.tah.but(**changes)
         other = TahModel(self.backbone, config, self.tokenizer, source=self.source)
         if self.lora is not None and other.lora is not None and config.lora() == self.tah.lora():
