@@ -1,11 +1,14 @@
 """Invariants of adaptive models where no official number exists: every filter, untied and GPT-2 backbones, text models, slices, arms."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from adaptive_fixture import numbers
 
 from lab.data.examples import Dataset, Example
 from lab.errors import DataError, SettingsError
+from lab.latent.record import Response
 from lab.methods.adaptive import report, stages, toy
 from lab.methods.adaptive.config import AdaptiveSettings, Distil
 from lab.methods.adaptive.data import Writer, numeric, prepare, slice_of
@@ -191,6 +194,13 @@ def test_evaluation_counts_both_ways():
     assert table["thoughts"] == 2 and table["length"] == 4 and table["bad_format"] == 0
     swept = report.by_count(model, toy.examples(3, 2), [0, 1], max_new_tokens=6)
     assert [row["thoughts"] for row in swept] == [0, 1]
+
+
+def test_words_that_a_toy_does_not_know_are_counted_too(monkeypatch):
+    row = Response(0, 0, [], [], [], "eos", "12 pears The answer is: 5", thoughts=1)
+    monkeypatch.setattr(report, "generate", lambda *args, **options: SimpleNamespace(rows=[row]))
+    table, _ = report.evaluate(fresh(), [Example("a", "q", (), "5")])
+    assert (table["score"], table["length"], table["bad_format"]) == (1, 2 + 3, 0)
 
 
 def test_rows_and_batches_without_thoughts_are_learned_from_all_the_same():
