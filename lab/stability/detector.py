@@ -88,6 +88,11 @@ class Median:
         return _middle(self.ordered)
 
     @property
+    def upper(self) -> float:
+        """The upper quartile."""
+        return self.ordered[3 * len(self.ordered) // 4]
+
+    @property
     def deviation(self) -> float:
         """The median of the absolute distances to the median."""
         middle = self.middle
@@ -102,8 +107,9 @@ def _middle(ordered: list[float]) -> float:
 class Detector:
     """Judges one training step by step. No rule but the non-finite one speaks during the first `warmup` steps.
 
-    The spike rule differs from distill.md 2C.2 in one point: a value must also exceed the level threshold
-    (`level_ratio` × median + `level_margin`), so that a loss that has reached almost zero cannot raise an alarm by trembling.
+    The spike rule differs from distill.md 2C.2 in one point: a value must also exceed `level_ratio` × the upper quartile + `level_margin`,
+    so that neither a loss that has reached almost zero can raise an alarm by trembling, nor one whose batches are of several kinds
+    (CoLaR's speeds) by the harder of them.
     """
 
     def __init__(self, guard: Guard, warmup: int = 0):
@@ -228,7 +234,7 @@ def _above(value: float, ratio: float) -> float:
 
 
 def _robust_z(value: float, past: Median, guard: Guard) -> float:
-    """The z-score of log(value) against `past`; 0 where the value is not even above the level threshold."""
-    if len(past) < guard.enough or value <= guard.level_ratio * math.exp(past.middle) + guard.level_margin:
+    """The z-score of log(value) against `past`; 0 where the value is not well above most of it."""
+    if len(past) < guard.enough or value <= guard.level_ratio * math.exp(past.upper) + guard.level_margin:
         return 0.0
     return (math.log(value) - past.middle) / (1.4826 * past.deviation + 1e-3)

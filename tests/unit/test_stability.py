@@ -54,6 +54,16 @@ def test_a_short_spike_is_forgiven():
     assert judge(series) is None
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_harder_of_two_kinds_of_batches_is_no_spike(seed):
+    """CoLaR draws a speed for each batch; at one the cross-entropy is almost zero, at the other it stays at .26."""
+    draw = random.Random(seed)
+    mixed = [(0.005 if draw.random() < 0.55 else 0.26) * math.exp(draw.gauss(0, 0.2)) for _ in range(3000)]
+    assert judge(mixed, name="ce") is None
+    step, verdict = judge([*mixed[:600], *noisy(200, seed, level=40.0)], name="ce")
+    assert verdict.rule == "spike of ce" and 600 < step < 700
+
+
 @pytest.mark.parametrize("over", [50, 400, 1500])
 def test_a_slow_rise_is_caught(over):
     series = [2.0] * 500 + [2.0 + 1.2 * min(1, i / over) for i in range(over + 600)]
