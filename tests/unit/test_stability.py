@@ -60,8 +60,8 @@ def test_the_harder_of_two_kinds_of_batches_is_no_spike(seed):
     draw = random.Random(seed)
     mixed = [(0.005 if draw.random() < 0.55 else 0.26) * math.exp(draw.gauss(0, 0.2)) for _ in range(3000)]
     assert judge(mixed, name="ce") is None
-    step, verdict = judge([*mixed[:600], *noisy(200, seed, level=40.0)], name="ce")
-    assert verdict.rule == "spike of ce" and 600 < step < 700
+    step, verdict = judge([*mixed[:600], *noisy(400, seed)])
+    assert verdict.rule == "level of loss" and 600 < verdict.onset < 650
 
 
 @pytest.mark.parametrize("over", [50, 400, 1500])
