@@ -8,6 +8,8 @@ import torch
 from test_lta_prompting import TOKENIZERS
 
 import lab
+from lab.ablation import ablate
+from lab.ablation.subjects import of_hidden_instructions
 from lab.data.examples import Example
 from lab.errors import CheckpointError, DataError, SettingsError
 from lab.latent.distill import plan_cross_entropy
@@ -346,11 +348,8 @@ def test_files_that_lack_something_say_so(tmp_path):
 
 def test_each_thought_is_left_out_once_and_a_static_one_carries_nothing_of_the_question():
     frozen = load_backbone("toy:qwen3", vocab_size=len(toy.WORLD.vocabulary), initializer_range=0.2, **toy.SIZES)
-    models = {arm: toy.start(arm, frozen, 0, 2).eval() for arm in ("static", "lta")} | {"real": model("block").eval()}
-    asked = dict.fromkeys(models, toy.questions(toy.WORLD.task(12, np.random.default_rng(0)), 2, solution=False))
-    rows = stages.leave_one_out(models, asked)
-    assert [(row["arm"], row["intervention"]) for row in rows] == [
-        (arm, name) for arm in ("static", "lta") for name in ("as they are", "without thought 1", "without thought 2")
-    ]
-    changed = {row["arm"]: row["changed"] for row in rows}
-    assert changed["static"] == 0 < changed["lta"]
+    models = {arm: toy.start(arm, frozen, 0, 2).eval() for arm in ("static", "lta")}
+    asked = toy.questions(toy.WORLD.task(12, np.random.default_rng(0)), 2, solution=False)
+    rows = {arm: ablate(of_hidden_instructions(m, asked), interventions=(), each=2) for arm, m in models.items()}
+    assert all([row["intervention"] for row in of] == ["as they are", "without thought 1", "without thought 2"] for of in rows.values())
+    assert rows["static"][-1]["changed"] == 0 < rows["lta"][-1]["changed"]

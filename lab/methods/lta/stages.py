@@ -280,19 +280,6 @@ def spread_rows(models: dict[str, ThoughtModel], asked: dict[str, list[Prompted]
     return rows
 
 
-def leave_one_out(models: dict[str, ThoughtModel], asked: dict[str, list[Prompted]]) -> list[dict[str, Any]]:
-    """Rows of `lab.ablation` for each arm of the micro-task: with its own thoughts, and without each of them; [] for real models."""
-    from lab.ablation import ablate
-    from lab.ablation.subjects import of_hidden_instructions
-
-    toys = {arm: of_hidden_instructions(model, asked[arm]) for arm, model in models.items() if model.tokenizer is None}
-    return [
-        {"arm": arm, **row}
-        for arm, subject in toys.items()
-        for row in ablate(subject, interventions=(), each=models[arm].config.num_thought_tokens)
-    ]
-
-
 def thought_trace(model: ThoughtModel, rows: list[Prompted], k: int) -> Trace:
     """A trace of the thoughts alone: norms and nearest tokens, so that the thoughts view can show them."""
     name = (lambda ids: " ".join(toy.WORLD.vocabulary[i] for i in ids)) if model.tokenizer is None else model.tokenizer.decode
