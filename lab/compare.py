@@ -36,7 +36,10 @@ SPENT = "spent.json"
 
 
 class Budget(Settings):
-    """`amount` of `unit` for every method; tokens and seconds become steps by what `probe` of its steps cost, and three times as many."""
+    """`amount` of `unit` for every method.
+
+    Tokens and seconds become steps by what a step costs: the difference between trainings of `probe` steps and of three times as many.
+    """
 
     unit: Literal["steps", "tokens", "seconds"] = "steps"
     amount: float = Field(600, gt=0)
@@ -113,7 +116,9 @@ def learn(name: str, begin: Start, budget: Budget) -> tuple[Trained, dict[str, A
     if budget.unit != "steps":
         _, more, few = (_cost(train, begin, budget.unit, budget.probe * n) for n in (1, 3, 1))  # the first one warms up
         each = (more - few) / (2 * budget.probe)  # what a method does once (checks, measuring a threshold) is no part of a step
-        steps = max(budget.probe, round((budget.amount - few) / each) + budget.probe) if each > 0 else 0
+        if each <= 0:  # the shorter one was disturbed, or nothing was trained
+            few, each = more / 3, more / (3 * budget.probe)
+        steps = max(budget.probe, round((budget.amount - few) / each) + budget.probe) if each else 0
     trained = train(replace(begin, meter=meter), steps)
     return trained, {"steps": steps if meter.tokens else 0, "tokens": meter.tokens, "seconds": round(meter.seconds, 2)}
 

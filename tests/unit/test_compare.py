@@ -1,12 +1,13 @@
 """The comparison without a model: budgets, what is read back, what the papers say."""
 
 import json
+from dataclasses import fields
 
 import pytest
 
 from lab import compare, reported
 from lab.data.source import Source
-from lab.entrants import ENTRANTS, entrant
+from lab.entrants import ENTRANTS, Start, entrant
 from lab.errors import SettingsError
 from lab.view import palette
 
@@ -31,6 +32,16 @@ def test_the_table_is_read_back_from_the_folder(tmp_path):
     assert (first["method"], first["accuracy"], first["thoughts"], first["written"], first["passes"]) == ("codi", 0.9, 3, 5, 8)
     assert first["low"] == pytest.approx(0.596, abs=1e-3) and first["milliseconds"] == 2 and first["tokens"] == 100
     assert second["method"] == "softcot" and second["thoughts"] == 3
+
+
+@pytest.mark.parametrize(("costs", "steps"), [((9, 16, 8), 288), ((9, 12, 14), 300), ((0, 0, 0), 0)])
+def test_seconds_become_steps_even_where_the_shorter_probe_was_disturbed(costs, steps, monkeypatch):
+    took, asked = iter(costs), []
+    monkeypatch.setattr(compare, "_cost", lambda *arguments: next(took))
+    monkeypatch.setattr(compare, "entrant", lambda name: lambda begin, count: asked.append(count))
+    begin = Start(*(None for _ in fields(Start)))
+    compare.learn("any", begin, compare.Budget(unit="seconds", amount=100, probe=12))
+    assert asked == [steps]
 
 
 def test_a_method_left_out_says_why_and_has_no_row(tmp_path):
