@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,9 @@ def test_reward_scores_of_left_padded_rows_are_the_released_ones(reward):
     official, ours = model.score(asked, official_padding=True), model.score(asked)
     torch.testing.assert_close(torch.cat(official).sum(-1), data["scores_left_no_position_ids"], atol=2e-4, rtol=0)
     torch.testing.assert_close(torch.cat(ours).sum(-1), data["scores_right"], atol=2e-4, rtol=0)
+    fewer = replace(asked[1], thoughts=asked[1].thoughts[:2], counts=asked[1].counts[:2], ids=asked[1].ids[:2])
+    with pytest.raises(SettingsError, match="equally many samples"):
+        model.score([asked[0], fewer], official_padding=True)
 
 
 def test_reward_losses_and_gradient_norms(reward):

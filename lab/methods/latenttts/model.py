@@ -95,10 +95,13 @@ class RewardModel(LatentModel):
 
         Args:
             batch: samples at a time. official_padding: as the released scorer, whose scores depend on the padding and so on `batch`
-                (`latenttts.md` 7.2); for equally many samples of equally many thoughts.
+                (`latenttts.md` 7.2); SettingsError unless all questions have equally many samples of equally many thoughts, and answers.
         """
-        if not official_padding:
+        if not official_padding or not asked:
             return [self._score(question, batch) for question in asked]
+        full = all(len(q.ids) == len(q.counts) and bool((q.counts == q.thoughts.shape[1]).all()) for q in asked)
+        if not full or len({q.thoughts.shape for q in asked}) > 1:
+            raise SettingsError("official_padding needs equally many samples of equally many thoughts from every question, with answers.")
         size = max(1, batch // max(len(question.counts) for question in asked))
         return [scores for i in range(0, len(asked), size) for scores in self._padded(asked[i : i + size])]
 
