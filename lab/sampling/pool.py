@@ -1,7 +1,7 @@
 """N samples of every question of a data set, recorded once: draws are keyed, so every smaller N is the first N of them.
 
-A kill loses at most one file of questions; several calls share a folder by `shard`, and several
-processes a call. Nothing here depends on the batch.
+A kill loses at most one file of questions; several calls share a folder by `shard`, several processes a call.
+Nothing here depends on the batch.
 """
 
 import logging
