@@ -86,7 +86,8 @@ class HFDecoder:
                 use_cache=True,
                 output_hidden_states=bool(taps),
             )
-        return Out(out.last_hidden_state, {tap: out.hidden_states[tap] for tap in taps})
+        last = out.last_hidden_state[:, -1:] if tail else out.last_hidden_state
+        return Out(last, {tap: out.hidden_states[tap] for tap in taps})
 
     @contextmanager
     def _masked(self, dropout: Callable | None) -> Iterator[None]:

@@ -94,7 +94,9 @@ def test_the_last_column_alone_is_the_last_of_all_and_leaves_the_same_cache(mode
     with torch.no_grad():
         for tail in (False, True):
             kv = decoder.slots(*prompt.pos.shape)
-            first = decoder(prompt.x, prompt.pos, kv, valid=prompt.valid, tail=tail).last[:, -1:]
+            read = decoder(prompt.x, prompt.pos, kv, valid=prompt.valid, tail=tail).last
+            assert read.shape[1] == (1 if tail else prompt.x.shape[1])
+            first = read[:, -1:]
             ends.append(torch.cat((first, decoder(first, prompt.pos[:, -1:] + 1, kv).last), 1))
     torch.testing.assert_close(*ends, atol=1e-5, rtol=1e-5)
 
