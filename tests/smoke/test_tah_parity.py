@@ -215,7 +215,7 @@ def test_evaluation_decides_by_the_trained_weights_at_a_threshold_of_its_own(tmp
     )
     again = layouts.load(other.save(tmp_path / "evaluated"))
     with torch.no_grad():
-        for model in (other, again):
+        for model in (other, again, other.reconfigure().eval()):
             assert torch.equal(model(IDS, MASK).iterations, OUTPUTS["mlp_eval.iter_count"])
     with pytest.raises(SettingsError, match="load_path"):
         official(eval_iter_decider_kwargs={"hidden_dims": [8]})

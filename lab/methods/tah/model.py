@@ -148,6 +148,8 @@ class TahModel(LatentModel):
         if config.decider() == self.tah.decider():
             other.parts["decider"] = self.decider
             other._share_decider()
+        if config.eval_decider() == self.tah.eval_decider() and "eval_decider" in self.parts and "eval_decider" in other.parts:
+            other.eval_decider = other.parts["eval_decider"] = self.eval_decider
         return other
 
     def step_by_transformers(self) -> None:
