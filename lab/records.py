@@ -9,6 +9,7 @@ from lab.files import digest, file_digest, read_json, read_lines
 from lab.tables import rows_of, table_html, table_text
 
 STEP, RESULTS, METRICS = "step.json", "results.json", "metrics.jsonl"
+WHERE = {"device", "processes", "sharding", "report_to"}
 
 
 class StepRecord:
@@ -59,9 +60,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def fingerprint(spec: Any, parameters: dict[str, Any], run: Path) -> tuple[str, dict[str, Any]]:
-    """(fingerprint, data files) of a step: its parameters, notebook code, named data files, and the results it builds on."""
+    """(fingerprint, data files) of a step: its parameters, notebook code, named data files, and the results it builds on.
+
+    Parameters that say where it runs (`WHERE`) are left out: a step that was stopped goes on elsewhere.
+    """
     data = {name: _data_facts(value) for name, value in parameters.items() if _is_path(value)}
     inputs = {need: _token(run / need) for need in spec.needs}
+    parameters = {name: value for name, value in parameters.items() if name not in WHERE}
     return digest(parameters, _notebook_code(spec.path), {name: facts["digest"] for name, facts in data.items()}, inputs), data
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from lab import files, runs, steps
 from lab.errors import RunError, SettingsError
-from lab.records import StepRecord, read_metrics
+from lab.records import StepRecord, fingerprint, read_metrics
 
 DRAW = {"seed": 0, "count": 2, "data": "", "pause_s": 0.0, "more": False, "fail": False}
 
@@ -257,6 +257,13 @@ def test_the_data_a_parameter_names_is_fingerprinted_by_content(begin, tmp_path)
     second = begin(run=first.run.folder, data=str(data))
     assert second.info["fingerprint"] != first.info["fingerprint"]
     assert second.info["data"]["data"]["digest"] != facts["digest"]
+
+
+def test_where_a_step_runs_is_no_part_of_what_it_does(begin):
+    step = begin()
+    elsewhere, other = ({**DRAW, **changed} for changed in ({"processes": 8, "sharding": "zero1", "device": "cuda"}, {"count": 3}))
+    assert fingerprint(step._spec, elsewhere, step.run.folder)[0] == step.info["fingerprint"]
+    assert fingerprint(step._spec, other, step.run.folder)[0] != step.info["fingerprint"]
 
 
 def test_a_clock_that_jumps_back_changes_no_order_and_no_duration(begin, monkeypatch):
