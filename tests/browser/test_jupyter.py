@@ -96,6 +96,16 @@ def run_all(page):
     raise AssertionError(f"the cell did not run: {prompt.inner_text()!r}")
 
 
+def save(page, notebook):
+    """Saves the open notebook, until what it shows lies on the disk: a save may begin before the output has reached the document."""
+    for _ in range(40):
+        page.evaluate("jupyterapp.commands.execute('docmanager:save')")
+        if '"output_type"' in notebook.read_text():
+            return
+        page.wait_for_timeout(500)
+    raise AssertionError(f"{notebook} was not saved with its output")
+
+
 def test_the_explorer_lives_in_jupyterlab(tab, jupyter):
     one = tab(width=1200, offline=False)
     one.page.goto(jupyter)
@@ -145,8 +155,7 @@ def test_a_watched_training_is_still_there_when_one_comes_back(tab, jupyter, not
     one.page.get_by_text("at step 1, 1 lines logged").wait_for(timeout=90_000)
     log(2)
     one.page.get_by_text("at step 2, 2 lines logged").wait_for(timeout=20_000)
-    one.page.keyboard.press("Control+s")
-    one.page.locator(".jp-mod-current .jp-mod-dirty").wait_for(state="detached", timeout=20_000)
+    save(one.page, watched)
     one.page.goto("about:blank")
     log(3)
     one.page.goto(jupyter.replace(notebook.name, watched.name))
