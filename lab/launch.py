@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,7 +118,7 @@ def share(work: Callable[[list[Any]], Iterable[Any]], items: Sequence[Any], proc
             done()
         return
     edges = [len(items) * i // count for i in range(count + 1)]
-    parts = [list(items[first:last]) for first, last in zip(edges, edges[1:], strict=False)]
+    parts = [list(items[first:last]) for first, last in pairwise(edges)]
     moved = [model for model in models if getattr(getattr(model, "device", None), "type", "cpu") == "cuda"]
     launch(_share, count, nodes=1, on_row=lambda row: done(), work=work, parts=parts, moved=moved)
 

@@ -5,6 +5,7 @@ logit. The cap on the number of passes belongs to the loop (a decider whose own 
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +157,7 @@ class Backbone(nn.Module):
         super().__init__()
         widths = [*dims, dims[-1]]
         self.input_projection = nn.Linear(dims[0], dims[0])
-        self.blocks = nn.ModuleList(ResidualBlock(a, b, expansion, dropout) for a, b in zip(widths, widths[1:], strict=False))
+        self.blocks = nn.ModuleList(ResidualBlock(a, b, expansion, dropout) for a, b in pairwise(widths))
         self.output_layer = nn.Sequential(nn.LayerNorm(widths[-1]), nn.Linear(widths[-1], 1))
 
     def forward(self, x: Tensor) -> Tensor:
