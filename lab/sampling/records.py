@@ -70,7 +70,7 @@ def write(path: Path, asked: Sequence[Asked], layout: Layout, dropped: Iterable[
     for question in asked:
         tensors |= {f"{question.number}.{name}": value for name, value in _tensors(question, layout, half).items()}
     about = {str(q.number): {"prompt": q.prompt, "answers": q.answers, "texts": q.texts, "ids": q.ids, **q.facts} for q in asked}
-    return write_bytes(path, save(tensors, metadata={"format": "pt", "questions": json.dumps(about)}))
+    return write_bytes(path, save(tensors, metadata={"questions": json.dumps(about)}))  # safetensors writes two entries in any order
 
 
 def _tensors(question: Asked, layout: Layout, half: bool) -> dict[str, Tensor]:

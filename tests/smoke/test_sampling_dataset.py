@@ -183,6 +183,12 @@ def judged(model, pool, tmp_path_factory):
     return reward, asked
 
 
+def test_the_same_samples_are_the_same_bytes(tmp_path):
+    asked = Asked(0, [1, 2], torch.randn(2, 3, 4), torch.tensor([3, 3]), torch.tensor([True, False]), ids=[[5], [6]])
+    contents = {write(tmp_path / "0_on0.safetensors", [asked], Layout(latent=9)).read_bytes() for _ in range(20)}
+    assert len(contents) == 1
+
+
 def test_training_changes_every_part_and_not_the_generator(model, judged):
     reward, asked = judged
     fresh = RewardModel.start(model, seed=1)
