@@ -54,7 +54,7 @@ def _ask_digits(subject: Subject, prompt: str) -> Look:
     import numpy as np
 
     from lab.data.worlds.instruct import InstructTask
-    from lab.methods.lta import stages
+    from lab.methods.lta.explore import thought_trace
     from lab.methods.lta.toy import WORLD, questions
 
     words, s, (question, *_) = WORLD.vocabulary, subject.model.config, subject.questions
@@ -65,7 +65,7 @@ def _ask_digits(subject: Subject, prompt: str) -> Look:
         (made,) = questions(InstructTask(x, x, x[:, 0] < 0), s.num_thought_tokens, solution=False, distinct=s.distinct_slots)
         question = unanswered(made)
     (row,) = subject.model.generate([question], **subject.options).rows
-    return Look(" ".join(words[token] for token in row.ids), stages.thought_trace(subject.model, [question], CANDIDATES))
+    return Look(" ".join(words[token] for token in row.ids), thought_trace(subject.model, [question], CANDIDATES))
 
 
 def _coconut(folder: Path, steps: Callable[[int], int], seed: int) -> tuple[Path, dict[str, Any]]:

@@ -193,12 +193,12 @@ def unanswered(prompted: Any) -> Any:
 
 
 def _lta(folder: Path, values: dict[str, Any]) -> Subject:
-    from lab.methods.lta import stages
+    from lab.methods.lta import explore, stages
 
     if values["large_model_id"] != stages.TOY:
         raise SettingsError("This run is not the toy's; name its model and a benchmark.")
     model = stages.toy_model(folder.parent, folder.name, values["seed"])
-    return of_hidden_instructions(model, stages.asked(model, values))
+    return of_hidden_instructions(model, explore.asked(model, values))
 
 
 def of_hidden_instructions(model: LatentModel, found: Sequence[Any]) -> Subject:

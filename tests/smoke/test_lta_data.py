@@ -13,7 +13,7 @@ from lab import papers
 from lab.data.examples import Dataset, Example
 from lab.errors import CheckpointError, DataError, SettingsError
 from lab.evaluate import Decoding, Output
-from lab.methods.lta import stages
+from lab.methods.lta import evaluate, stages, tasks
 from lab.methods.lta.checkpoint import export_official
 from lab.models.backbones import load_backbone
 
@@ -86,8 +86,8 @@ def _check(values, task, folder):
     found = stages.run(str(folder), values["train"])
     assert found["steps"] == 2 and found["examples"] > 0
     model, given = stages.trained(folder, values["evaluate"]), values["evaluate"]
-    data = stages.dataset(task, "test", given["data"], given["questions"], given["seed"])
-    table, rows = stages.answer(model, data, folder, given)
+    data = tasks.dataset(task, "test", given["data"], given["questions"], given["seed"])
+    table, rows = evaluate.answer(model, data, folder, given)
     assert [row["thoughts"] for row in table] == [1, 3] and {row["questions"] for row in table} == {3}
     assert 6 <= len(rows) <= 9 and all(0 <= row["vote_strict"] <= 1 and 0 < row["majority"] <= 1 for row in table)
     assert set(table[0]) >= {"strict", "lenient", "vote_strict", "vote_lenient"}
@@ -112,9 +112,9 @@ def test_a_vote_that_is_settled_is_not_asked_on_and_stays_what_it_was(tmp_path):
     data = Dataset("gsm8k", "test", tuple(Example(f"q{i}", "?", answer=str(gold)) for i, gold in enumerate((1, 2, 1, 1))), "")
     asked = {"benchmark": "gsm8k", "decoding": Decoding(), "rule": "lta-gsm8k"}
     full, early = Told(answers), Told(answers)
-    _, whole = stages._answered(full, data, asked | {"folder": tmp_path / "whole"}, 5, False)
-    first, rows = stages._answered(early, data, asked | {"folder": tmp_path / "early"}, 5, True)
-    assert stages.voted(rows) == stages.voted(whole) == {"strict": 0.75, "lenient": 0.75}
+    _, whole = evaluate._answered(full, data, asked | {"folder": tmp_path / "whole"}, 5, False)
+    first, rows = evaluate._answered(early, data, asked | {"folder": tmp_path / "early"}, 5, True)
+    assert evaluate.voted(rows) == evaluate.voted(whole) == {"strict": 0.75, "lenient": 0.75}
     assert len(full.asked) == 20 and len(early.asked) == 18 and (0, 3) not in early.asked and first.samples == 12
     assert len(early.asked) == len(set(early.asked)), "the second wave goes on where the first ended"
 
@@ -123,7 +123,7 @@ def test_what_the_base_learns_of_each_task(base, files):
     told = {}
     for task in TASKS:
         model = stages.start(values_of(base, files, task)["train"])
-        row = stages.prompts(model, stages.dataset(task, "train", str(files), 1, 0), "train").rows[0][-1].row
+        row = stages.prompts(model, tasks.dataset(task, "train", str(files), 1, 0), "train").rows[0][-1].row
         ids = [*row.prompt, *row.after]
         assert [label for label in row.labels if label >= 0] == ids[len(ids) - sum(label >= 0 for label in row.labels) :]
         told[task] = model.tokenizer.decode([label for label in row.labels if label >= 0])
@@ -134,14 +134,14 @@ def test_what_the_base_learns_of_each_task(base, files):
 
 
 def test_date_understanding_is_shuffled_judged_against_the_majority_and_never_trained_on(base, files):
-    data = stages.dataset("du", "test", str(files), 0, 3)
-    assert stages.majority_baseline(data) < 1.0, "the published file has the right option first everywhere"
+    data = tasks.dataset("du", "test", str(files), 0, 3)
+    assert evaluate.majority_baseline(data) < 1.0, "the published file has the right option first everywhere"
     for example in data:
         right = example.options[example.answer == "B" or 2 * (example.answer == "C")]
         assert right in example.question.split(".")[0] and f"({example.answer}) {right}" in example.question
-    assert [row.question for row in stages.dataset("du", "test", str(files), 0, 3)] == [row.question for row in data]
+    assert [row.question for row in tasks.dataset("du", "test", str(files), 0, 3)] == [row.question for row in data]
     with pytest.raises(DataError, match="no training split; train on gsm8k"):
-        stages.dataset("du", "train", str(files), 0, 0)
+        tasks.dataset("du", "train", str(files), 0, 0)
 
 
 def test_bad_input_of_a_training_gets_one_sentence(base, files, tmp_path):
