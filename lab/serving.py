@@ -55,15 +55,24 @@ class OpenAI:
         self.facts = {"backend": "openai", "engine": client.engine, "model": client.model, "chat": client.chat}
 
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[tuple[Request, Output]]:
-        """Outputs in the order in which they finish; DeviceError for a refusal, or when a request has failed too often."""
+        """Outputs in the order in which they finish; DeviceError for a refusal, or when a request has failed too often.
+
+        What was asked before the refusal is answered first, so that it is kept.
+        """
         _body(self.client, decoding, "", 0)  # settings that cannot be said are refused before anything is sent
         pool = ThreadPoolExecutor(self.client.concurrency)
         try:
             waiting = {pool.submit(self._answer, request, decoding): request for request in requests}
-            for done in as_completed(waiting):
-                yield waiting[done], done.result()
+            for done in as_completed(list(waiting)):
+                if done.exception():
+                    break
+                yield waiting.pop(done), done.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+        rest = [(request, future) for future, request in waiting.items() if not future.cancelled()]
+        yield from ((request, future.result()) for request, future in rest if not future.exception())
+        for _, future in rest:
+            future.result()  # raises
 
     def _answer(self, request: Request, decoding: Decoding) -> Output:
         began = time.monotonic()

@@ -6,12 +6,15 @@ import signal
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job of a shell: tests interrupt runs and launches
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.update({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"})
+hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)  # the same examples everywhere, however slow it is
+hypothesis.settings.load_profile("steady")
 TIERS = {"slow": "slow", "browser": "browser", "gpu": "gpu"}
 BENCH = Path(__file__).parent / "fixtures" / "bench"
 

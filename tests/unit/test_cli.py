@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 from typer.testing import CliRunner
@@ -200,15 +200,14 @@ def test_every_command_speaks_json():
 
 @pytest.mark.parametrize("code", ["import lab", "import sys; sys.argv = ['lab', '--help']; import lab.cli; lab.cli.main()"])
 def test_starting_is_quick_and_loads_nothing_heavy(code):
+    """Quick by the processor's time: a busy machine is no fault of ours."""
     heavy = ["torch", "transformers", "peft", "trl", "datasets", "pandas", "numpy", "matplotlib", "papermill", "nbformat"]
     check = f"import sys, atexit; atexit.register(lambda: print(sorted(set({heavy!r}) & set(sys.modules)), file=sys.stderr)); {code}"
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
-        times.append(time.perf_counter() - began)
-        assert done.returncode == 0 and done.stderr.strip() == "[]"
-    assert min(times) < 1.0
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and done.stderr.strip() == "[]"
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
 SAID = "Stopped; go on with: lab run."

@@ -39,8 +39,9 @@ def test_behind_a_proxy_the_proxy_decides(monkeypatch, offline):
 def test_without_a_hub_the_error_comes_at_once(offline, tmp_path, monkeypatch, what):
     import lab
 
+    waits = []
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    began = time.monotonic()
+    monkeypatch.setattr(time, "sleep", waits.append)  # what the hub's own client does between its tries
     with pytest.raises(CheckpointError, match="nobody/nothing"):
         getattr(lab, what)("nobody/nothing")
-    assert time.monotonic() - began < 15
+    assert sum(waits) < 1

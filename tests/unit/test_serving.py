@@ -23,12 +23,15 @@ def score(text, example):
 
 @pytest.fixture
 def server():
-    """Answers n + 1; `server.faults` are statuses it gives first; `server.bodies` is what it was sent."""
+    """Answers n + 1; `server.faults` are statuses it gives first; `bodies` is what it was sent; it refuses number `refuses`."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             here.bodies.append((self.path, body, self.headers.get("Authorization")))
+            if len(here.bodies) == here.refuses:
+                self.reply(404, {"error": "gone"})
+                return
             if here.faults:
                 self.reply(here.faults.pop(0), {"error": "no such model"})
                 return
@@ -47,7 +50,7 @@ def server():
             pass
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    here = SimpleNamespace(bodies=[], faults=[], extra={}, url=f"http://127.0.0.1:{http.server_port}")
+    here = SimpleNamespace(bodies=[], faults=[], refuses=0, extra={}, url=f"http://127.0.0.1:{http.server_port}")
     thread = threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield here
@@ -121,31 +124,17 @@ def test_refusals_and_silence_end_with_a_sentence_and_keep_what_was_answered(ser
         ask(server, concurrency=1, retries=2)
     with pytest.raises(DeviceError, match="did not answer"):
         ask(SimpleNamespace(url="http://127.0.0.1:9"), retries=1)
-
-    def breaks_at_the_eighth(*_):
-        if len(server.bodies) == 8:
-            server.faults = [404]
-
-    monkeypatch.setattr("lab.evaluate.files.append_line", watched(breaks_at_the_eighth))
-    with pytest.raises(DeviceError):
-        ask(server, folder=tmp_path, concurrency=1)
-    monkeypatch.undo()
-    before = len((tmp_path / "samples.jsonl").read_text().splitlines())
     server.bodies.clear()
-    server.faults = []
+    server.refuses = 9
+    with pytest.raises(DeviceError, match="refused"):
+        ask(server, folder=tmp_path, concurrency=1)
+    kept = len((tmp_path / "samples.jsonl").read_text().splitlines())
+    assert kept == len(server.bodies) - 1 >= 8, "all that was answered, also while the refusal was on its way"
+    server.bodies.clear()
+    server.refuses = 0
     result = ask(server, folder=tmp_path, concurrency=1)
-    assert 0 < before < 12 and len(server.bodies) == 12 - before
+    assert len(server.bodies) == 12 - kept
     assert (result.samples, result.strict.mean, result.truncated) == (12, 1.0, 2)
-
-
-def watched(before):
-    from lab.files import append_line
-
-    def call(path, record):
-        before()
-        append_line(path, record)
-
-    return call
 
 
 def test_keys_come_from_the_environment(server, monkeypatch):
