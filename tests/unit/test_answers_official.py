@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,18 @@ def test_tah_graders_outside_the_main_thread():
     thread.start()
     thread.join()
     assert results == [("\\frac{36}{2}", True)]
+
+
+def test_the_limit_is_of_work_and_not_of_time(monkeypatch):
+    def work(seconds):
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+        return "done"
+
+    monkeypatch.setattr(official_math, "LIMIT_S", 0.1)
+    assert official_math.within_limit(lambda: (time.sleep(0.3), "slept")) == (None, "slept")
+    assert official_math.within_limit(work, 0.01) == "done" and official_math.within_limit(work, 30) is None
 
 
 def test_tah_modes_of_the_published_table():

@@ -7,11 +7,11 @@ words without case, numbers exactly. Only a single expression goes to math-verif
 
 import logging
 import re
-import threading
 from functools import lru_cache
 
 from lab.data.answers import numbers
 from lab.data.answers import text as texts
+from lab.data.answers.official_math import within_limit
 
 _DOLLARS = re.compile(r"[\s:*_]*(?:\$\$?(?P<a>(?:\\.|[^$\\])+)\$|\\\((?P<b>.+?)\\\)|\\\[(?P<c>.+?)\\\])", re.DOTALL)
 _WORDS = r"\\(?:text|mbox|textbf|textit|textrm|textnormal|mathrm|operatorname)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
@@ -200,9 +200,8 @@ def _same_expression(a: str, b: str) -> bool:
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    limit = 5 if threading.current_thread() is threading.main_thread() else None
     configuration = [LatexExtractionConfig()]
-    left, right = (parse(f"${side}$", configuration, parsing_timeout=limit) for side in (a, b))
+    left, right = (within_limit(parse, f"${side}$", configuration, parsing_timeout=None) for side in (a, b))
     if not left or not right:
         return False
-    return verify(right, left, float_rounding=12, numeric_precision=30, timeout_seconds=limit)
+    return bool(within_limit(verify, right, left, float_rounding=12, numeric_precision=30, timeout_seconds=None))

@@ -2,15 +2,42 @@
 
 import logging
 import re
+import signal
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
+
+LIMIT_S = 5.0  # of work on one comparison
 
 # -- TaH (tah.md 2.10) --
 
 
-def _limit() -> int | None:
-    """math-verify's time limit uses SIGALRM, which only the main thread may set."""
-    return 5 if threading.current_thread() is threading.main_thread() else None
+def within_limit(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What math-verify's `call` returns; None after LIMIT_S of this thread's work, where it is the main one, which alone can be told.
+
+    Its own limit goes by the clock: on a machine that was busy for so long it would change a verdict.
+    """
+    from math_verify.errors import TimeoutException
+
+    end = time.thread_time() + LIMIT_S
+
+    def alarm(*_: Any) -> None:
+        if (left := end - time.thread_time()) <= 0:
+            raise TimeoutException
+        signal.setitimer(signal.ITIMER_REAL, left)
+
+    if threading.current_thread() is not threading.main_thread():
+        return call(*arguments, **options)
+    before, ticking = signal.signal(signal.SIGALRM, alarm), signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+    try:
+        return call(*arguments, **options)
+    except TimeoutException:
+        return None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *ticking)
 
 
 def tah(text: str, mode: str) -> list[Any] | None:
@@ -24,10 +51,10 @@ def tah(text: str, mode: str) -> list[Any] | None:
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     if mode == "string":
-        return parse(text, [StringExtractionConfig()], parsing_timeout=_limit()) or None
+        return within_limit(parse, text, [StringExtractionConfig()], parsing_timeout=None) or None
     cleaning = NormalizationConfig(nits=False, malformed_operators=False, basic_latex=True, boxed="all", units=True)
     latex = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False, normalization_config=cleaning)
-    return parse(text, [latex, ExprExtractionConfig()], extraction_mode="first_match", parsing_timeout=_limit()) or None
+    return within_limit(parse, text, [latex, ExprExtractionConfig()], extraction_mode="first_match", parsing_timeout=None) or None
 
 
 def tah_gold(text: str, mode: str) -> list[Any]:
@@ -37,14 +64,14 @@ def tah_gold(text: str, mode: str) -> list[Any]:
     kinds = {"expr": ExprExtractionConfig, "latex": LatexExtractionConfig, "string": StringExtractionConfig}
     if mode == "latex" and not text.startswith("$"):
         text = f"${text}$"
-    return parse(text, [kinds[mode]()], parsing_timeout=_limit())
+    return within_limit(parse, text, [kinds[mode]()], parsing_timeout=None) or []
 
 
 def tah_same(answer: list[Any], gold: list[Any]) -> bool:
     """math-verify's verdict."""
     from math_verify import verify
 
-    return bool(verify(gold, answer, timeout_seconds=_limit()))
+    return bool(within_limit(verify, gold, answer, timeout_seconds=None))
 
 
 # -- LTA-Thinker's MATH rule (lta.md 2.12): last box, Minerva clean-up, plain text --
