@@ -33,15 +33,16 @@ log = logging.getLogger(__name__)
 PIECES = r"#+|<[^<>\s]+>|\[\w+\]|[A-Za-z']+\d*|\d+|[^\sA-Za-z\d]"  # what is one token of a toy's text
 PHRASES = "Question: Let's think step by step:(Thinking speed: auto)###Answer: The answer is: 0123456789"
 SPENT = "spent.json"
+MISSED, TRIES = 0.05, 3  # share of a budget that a training may miss it by; trainings to come as near
 
 
 class Budget(Settings):
-    """`amount` of `unit` for every method.
+    """`amount` of `unit` for every method; `seconds` are wall time, `cpu_seconds` the processor's, which a busy machine does not lengthen.
 
-    Tokens and seconds become steps by what a step costs: the difference between trainings of `probe` steps and of three times as many.
+    What is not steps becomes steps by what trainings of `probe` steps and of three times as many cost, and again by what was spent.
     """
 
-    unit: Literal["steps", "tokens", "seconds"] = "steps"
+    unit: Literal["steps", "tokens", "seconds", "cpu_seconds"] = "steps"
     amount: float = Field(600, gt=0)
     probe: int = Field(12, ge=6)
 
@@ -111,23 +112,45 @@ def run(methods: Sequence[str], begin: Start, budget: Budget, test: Dataset, fol
 
 
 def learn(name: str, begin: Start, budget: Budget) -> tuple[Trained, dict[str, Any]]:
-    """A method trained within the budget, and what that took: steps, forward tokens, seconds."""
-    train, steps, meter = entrant(name), int(budget.amount), Meter()
-    if budget.unit != "steps":
-        _, more, few = (_cost(train, begin, budget.unit, budget.probe * n) for n in (1, 3, 1))  # the first one warms up
-        each = (more - few) / (2 * budget.probe)  # what a method does once (checks, measuring a threshold) is no part of a step
-        if each <= 0:  # the shorter one was disturbed, or nothing was trained
-            few, each = more / 3, more / (3 * budget.probe)
-        steps = max(budget.probe, round((budget.amount - few) / each) + budget.probe) if each else 0
-    trained = train(replace(begin, meter=meter), steps)
-    return trained, {"steps": steps if meter.tokens else 0, "tokens": meter.tokens, "seconds": round(meter.seconds, 2)}
+    """A method trained within the budget, and what that took: steps, forward tokens, seconds, CPU seconds.
 
-
-def _cost(train: Any, begin: Start, unit: str, steps: int) -> float:
+    A training that missed its budget by more than `MISSED` is planned again from what it spent; the nearest of `TRIES` is kept.
+    """
+    train = entrant(name)
+    if budget.unit == "steps":
+        return _trained(train, begin, int(budget.amount))
     with tempfile.TemporaryDirectory() as scratch:
-        probe = replace(begin, meter=Meter(), folder=Path(scratch))
-        train(probe, steps)
-    return getattr(probe.meter, unit)
+        probes = (1, budget.probe, 3 * budget.probe)  # the first one warms up
+        known = [(steps, _trained(train, replace(begin, folder=Path(scratch)), steps)[1][budget.unit]) for steps in probes][1:]
+    tried: dict[float, tuple[Trained, dict[str, Any]]] = {}
+    while len(tried) < TRIES and min(tried, default=1.0) > MISSED:
+        steps = planned(known, budget.amount)
+        if steps in dict(known):
+            break
+        found = _trained(train, begin, steps)
+        known.append((steps, found[1][budget.unit]))
+        tried[abs(known[-1][1] / budget.amount - 1)] = found
+    return tried[min(tried)]
+
+
+def planned(known: Sequence[tuple[int, float]], amount: float) -> int:
+    """The steps that should cost `amount`, by the line through the two nearest of the `known` (steps, cost).
+
+    Where more steps cost less (a disturbed measurement), by what a step costs at least; 0 where nothing costs anything.
+    """
+    (steps, cost), (other, its) = sorted(known, key=lambda one: abs(one[1] - amount))[:2]
+    each = (its - cost) / (other - steps)
+    if each <= 0:
+        each = min(cost / steps, its / other)
+    return max(1, round(steps + (amount - cost) / each)) if each else 0
+
+
+def _trained(train: Any, begin: Start, steps: int) -> tuple[Trained, dict[str, Any]]:
+    """What a training of so many steps made, and took; its folder is named by them."""
+    own = replace(begin, meter=Meter(), folder=begin.folder / f"{steps}-steps")
+    trained, meter = train(own, steps), own.meter
+    took = {"tokens": meter.tokens, "seconds": round(meter.seconds, 2), "cpu_seconds": round(meter.cpu_seconds, 2)}
+    return trained, {"steps": steps if meter.tokens else 0, **took}
 
 
 def table(folder: Path) -> list[dict[str, Any]]:

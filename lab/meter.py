@@ -9,13 +9,13 @@ from lab.models.decoder import Decoder
 
 
 class Meter:
-    """While it is on (`with meter:`), counts rows × columns of every decoder step (padding included), and seconds."""
+    """While it is on (`with meter:`), counts rows × columns of every decoder step (padding included), wall and CPU seconds."""
 
     def __init__(self) -> None:
-        self.tokens, self.seconds = 0, 0.0
+        self.tokens, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
 
     def __enter__(self) -> "Meter":
-        self._began, self._original = time.monotonic(), Decoder.__call__
+        self._began, self._original = (time.monotonic(), time.process_time()), Decoder.__call__
         meter, original = self, Decoder.__call__
 
         def counted(decoder: Decoder, x: Any, *args: Any, **options: Any) -> Any:
@@ -27,7 +27,9 @@ class Meter:
 
     def __exit__(self, *_: Any) -> None:
         Decoder.__call__ = self._original
-        self.seconds += time.monotonic() - self._began
+        wall, cpu = self._began
+        self.seconds += time.monotonic() - wall
+        self.cpu_seconds += time.process_time() - cpu
 
     def watch(self, stem: nn.Module) -> None:
         """Counts the forwards of a transformers model too, for a method that calls it."""

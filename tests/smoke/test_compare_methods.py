@@ -1,5 +1,7 @@
 """The comparison with tiny real models: equal budgets, results that a second call finds, methods that cannot take part."""
 
+from dataclasses import replace
+
 import pytest
 
 from lab import compare
@@ -19,12 +21,12 @@ def begin(tmp_path_factory) -> Start:
     return compare.start("toy:llama-micro", SOURCE, tmp_path_factory.mktemp("compare"), HOW, thoughts=3, base_steps=2)
 
 
-def test_equal_tokens_are_equal_to_within_the_probes_precision(begin):
-    spent = {}
-    for name in ("no_cot", "cot", "dtt"):
-        _, spent[name] = compare.learn(name, begin, compare.Budget(unit="tokens", amount=6000, probe=6))
-    assert all(abs(one["tokens"] / 6000 - 1) < 0.15 for one in spent.values()), spent
-    assert spent["no_cot"]["steps"] > spent["cot"]["steps"] > spent["dtt"]["steps"], "dearer steps are fewer"
+def test_equal_tokens_are_equal_for_trainings_of_one_and_of_several_parts(begin, tmp_path):
+    spent, budget = {}, compare.Budget(unit="tokens", amount=10_000, probe=6)
+    for name in ("cot", "coconut", "tah", "dtt"):
+        _, spent[name] = compare.learn(name, replace(begin, folder=tmp_path / name), budget)
+    assert all(abs(one["tokens"] / budget.amount - 1) <= compare.MISSED for one in spent.values()), spent
+    assert spent["cot"]["steps"] > spent["dtt"]["steps"], "dearer steps are fewer"
 
 
 def test_what_was_measured_is_not_measured_again_and_a_wrong_name_comes_first(begin, tmp_path):

@@ -34,14 +34,58 @@ def test_the_table_is_read_back_from_the_folder(tmp_path):
     assert second["method"] == "softcot" and second["thoughts"] == 3
 
 
-@pytest.mark.parametrize(("costs", "steps"), [((9, 16, 8), 288), ((9, 12, 14), 300), ((0, 0, 0), 0)])
-def test_seconds_become_steps_even_where_the_shorter_probe_was_disturbed(costs, steps, monkeypatch):
-    took, asked = iter(costs), []
-    monkeypatch.setattr(compare, "_cost", lambda *arguments: next(took))
-    monkeypatch.setattr(compare, "entrant", lambda name: lambda begin, count: asked.append(count))
-    begin = Start(*(None for _ in fields(Start)))
-    compare.learn("any", begin, compare.Budget(unit="seconds", amount=100, probe=12))
-    assert asked == [steps]
+def fake(cost, unit="tokens"):
+    """An entrant whose training of n steps costs `cost(n)`, and the numbers of steps it was asked for."""
+    asked = []
+
+    def train(begin, steps):
+        asked.append(steps)
+        setattr(begin.meter, unit, getattr(begin.meter, unit) + cost(steps))
+        return steps
+
+    return train, asked
+
+
+def labels_then_stages(steps):
+    """What a method of several parts costs: reading everything once, then steps whose first hundred are dearer than the others."""
+    return 20_000 + 700 * min(steps, 100) + 400 * max(0, steps - 100) + 0.05 * steps**2
+
+
+@pytest.mark.parametrize("unit", ["tokens", "seconds", "cpu_seconds"])
+@pytest.mark.parametrize(
+    "cost", [labels_then_stages, lambda n: 900 * n, lambda n: 5_000 * n**0.7], ids=["parts", "linear", "cheaper later"]
+)
+def test_a_budget_holds_whatever_steps_cost(cost, unit, tmp_path, monkeypatch):
+    train, asked = fake(cost, unit)
+    monkeypatch.setattr(compare, "entrant", lambda name: train)
+    begin = Start(*(None for _ in fields(Start)[:6]), folder=tmp_path)
+    trained, spent = compare.learn("any", begin, compare.Budget(unit=unit, amount=800_000, probe=12))
+    assert abs(spent[unit] / 800_000 - 1) <= compare.MISSED and spent[unit] == pytest.approx(cost(trained), rel=1e-6)
+    assert len(asked) <= 3 + compare.TRIES, "three probes, and two corrections at most"
+    assert (len(asked) == 4) == (cost(asked[3]) == pytest.approx(800_000, rel=compare.MISSED)), "a budget that was met is not spent again"
+
+
+def test_a_cost_that_jumps_past_the_budget_ends_with_the_nearest_training(tmp_path, monkeypatch):
+    def cost(steps):
+        return 1_000 * steps + (300_000 if steps > 500 else 0)
+
+    train, asked = fake(cost)
+    monkeypatch.setattr(compare, "entrant", lambda name: train)
+    begin = Start(*(None for _ in fields(Start)[:6]), folder=tmp_path)
+    trained, spent = compare.learn("any", begin, compare.Budget(unit="tokens", amount=650_000))
+    assert cost(trained) == spent["tokens"] and abs(cost(trained) - 650_000) == min(abs(cost(steps) - 650_000) for steps in asked[3:])
+
+
+def test_what_trains_nothing_is_not_tried_again(tmp_path, monkeypatch):
+    train, asked = fake(lambda steps: 0)
+    monkeypatch.setattr(compare, "entrant", lambda name: train)
+    begin = Start(*(None for _ in fields(Start)[:6]), folder=tmp_path)
+    assert compare.learn("start", begin, compare.Budget(unit="tokens", amount=100))[1]["steps"] == 0 and asked[3:] == [0]
+
+
+@pytest.mark.parametrize(("known", "steps"), [([(12, 8), (36, 16)], 288), ([(12, 14), (36, 12)], 270), ([(12, 0), (36, 0)], 0)])
+def test_steps_are_planned_even_where_a_measurement_was_disturbed(known, steps):
+    assert compare.planned(known, 100) == steps
 
 
 def test_a_method_left_out_says_why_and_has_no_row(tmp_path):
