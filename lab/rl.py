@@ -111,7 +111,8 @@ class RLSettings(Common):
     micro_batch: int = Field(0, ge=0)  # completions in one forward of the update; 0 = all
     longest: int = Field(40, ge=1)  # ids of a completion, thoughts included
     temperature: float = Field(1.0, gt=0)
-    iterations: int = Field(1, ge=1)  # updates on each rollout
+    iterations: int = Field(1, ge=1)  # passes over each rollout
+    updates: int = Field(1, ge=1)  # optimizer steps of a pass, each on its share of the completions
     lr: float = Field(1e-5, gt=0)
     schedule: Schedule = "cosine"
     beta: float = Field(0.0, ge=0)  # weight of the divergence from the reference
@@ -126,22 +127,25 @@ class RLSettings(Common):
     def _consistent(self) -> Self:
         if self.gradient_checkpointing:
             raise ValueError("gradient checkpointing drops the cache that thoughts need; leave it off and lower micro_batch instead")
-        if self.micro_batch and (self.prompts * self.samples) % self.micro_batch:
-            raise ValueError(f"micro_batch {self.micro_batch} does not divide the {self.prompts * self.samples} completions of a step")
-        if self.save_every % self.iterations:
-            raise ValueError(
-                f"save_every {self.save_every} must be a multiple of iterations {self.iterations}, so that a rollout is not cut"
-            )
+        if self.prompts * self.samples % self.updates:
+            raise ValueError(f"{self.prompts * self.samples} completions cannot be shared out to {self.updates} updates")
+        if self.micro_batch and self.share(1) % self.micro_batch:
+            raise ValueError(f"micro_batch {self.micro_batch} does not divide the {self.share(1)} completions of a step")
+        if self.save_every % (steps := self.iterations * self.updates):
+            raise ValueError(f"save_every {self.save_every} must be a multiple of the {steps} steps of a rollout, so that it is not cut")
         return self
+
+    def share(self, world: int) -> int:
+        """Completions of a step in each of `world` processes."""
+        return self.prompts * self.samples // (self.updates * world)
 
     def micro(self, world: int) -> int:
         """Completions at a time in each of `world` processes."""
-        whole = self.prompts * self.samples
-        return min(self.micro_batch or whole, whole // world)
+        return min(self.micro_batch or self.share(world), self.share(world))
 
     def smaller(self, world: int) -> Self | None:
         """The same with about half the completions at a time; None where it is one already."""
-        share, now = self.prompts * self.samples // world, self.micro(world)
+        share, now = self.share(world), self.micro(world)
         return next((self.but(micro_batch=count) for count in range(now // 2, 0, -1) if share % count == 0), None)
 
     def rate(self, step: int) -> float:
@@ -230,9 +234,9 @@ def _check(model: nn.Module, prompts: Sequence, columns: Mapping[str, Sequence],
         raise SettingsError("Give at least one reward function with a weight other than 0.")
     if getattr(model.backbone, "is_activation_checkpointing", False):
         raise SettingsError("Gradient checkpointing is on in the model: it drops the cache that thoughts need. Switch it off.")
-    if (s.prompts * s.samples) % world_size():
-        raise SettingsError(f"{s.prompts * s.samples} completions cannot be shared by {world_size()} processes.")
-    if (share := s.prompts * s.samples // world_size()) % s.micro(world_size()):
+    if s.share(1) % world_size():
+        raise SettingsError(f"{s.share(1)} completions cannot be shared by {world_size()} processes.")
+    if (share := s.share(world_size())) % s.micro(world_size()):
         raise SettingsError(f"micro_batch {s.micro_batch} does not divide the {share} completions of each of {world_size()} processes.")
 
 

@@ -261,15 +261,14 @@ class _Stream(Sampler):
 
 
 def _arguments(s: RLSettings, folder: str, clip: float, weights: list[float]) -> GRPOConfig:
-    whole = s.prompts * s.samples
     micro = s.micro(world_size())
-    pieces = whole // (micro * world_size())
+    pieces = s.share(world_size()) // micro
     return GRPOConfig(
         output_dir=folder,
         max_steps=s.steps,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=pieces,
-        steps_per_generation=pieces,
+        steps_per_generation=pieces * s.updates,
         num_generations=s.samples,
         num_iterations=s.iterations,
         max_completion_length=s.longest,

@@ -14,8 +14,9 @@ from lab.latent.sampling import Sampling
 from lab.methods.colar.config import ColarSettings
 from lab.methods.colar.data import ColarRow, collate, question_text, speed_text
 from lab.methods.colar.model import ColarModel, ColarParts
-from lab.methods.colar.objective import Experience, advantages, clipped, embed, log_probs, loss
+from lab.methods.colar.objective import Experience, advantages, embed, log_probs, loss
 from lab.methods.colar.policy import ColarPolicy
+from lab.methods.colar.trainer import parts
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "colar"
 META = json.loads((FOLDER / "meta.json").read_text())
@@ -170,18 +171,16 @@ def test_log_probabilities_and_grpo_losses():
         latent, answer = log_probs(m, seen)
     torch.testing.assert_close(latent[seen.thoughts_mask], data["latent_logprobs"][seen.thoughts_mask], atol=1e-3, rtol=1e-5)
     torch.testing.assert_close(answer[seen.answer_mask], data["answer_logprobs"][seen.answer_mask], atol=1e-4, rtol=0)
-    for average in (True, False):
-        want = META[f"grpo_loss_average_{average}"]
-        parts = [
-            clipped(
-                data["latent_logprobs"], data["old_latent_logprobs"], data["adv_punished"], seen.thoughts_mask, average_per_token=average
-            ),
-            clipped(
-                data["answer_logprobs"], data["old_answer_logprobs"], data["adv_punished"], seen.answer_mask, average_per_token=average
-            ),
-        ]
-        assert float(parts[0]) == pytest.approx(want["latent_loss"], rel=1e-4)
-        assert float(parts[1]) == pytest.approx(want["answer_loss"], rel=1e-4)
+    rows = [torch.cat((a[m], b[n])) for a, m, b, n in zip(latent, seen.thoughts_mask, answer, seen.answer_mask, strict=True)]
+    old = zip(data["old_latent_logprobs"], seen.thoughts_mask, data["old_answer_logprobs"], seen.answer_mask, strict=True)
+    old = [torch.cat((a[m], b[n])) for a, m, b, n in old]
+    new, old = (torch.nn.utils.rnn.pad_sequence(side, batch_first=True) for side in (rows, old))
+    mask = torch.arange(new.shape[1]) < torch.tensor([[len(row)] for row in rows])
+    ratio = (new - old).exp()
+    for average, weight in ((True, parts(mask, seen.thoughts_mask.sum(1)) / mask.sum(1, keepdim=True)), (False, 1 / 32)):
+        gain = torch.minimum(ratio * data["adv_punished"], ratio.clamp(0.8, 1.2) * data["adv_punished"])
+        want = META[f"grpo_loss_average_{average}"]["total_loss"]
+        assert -float((gain * weight * mask).sum(1).mean()) == pytest.approx(want, rel=1e-3)
 
 
 def test_advantages_are_those_of_the_groups():

@@ -1,5 +1,7 @@
 """CoLaR learns: batches at one factor, order that a resume repeats, parts of the loss, GRPO on stored thoughts without a gap."""
 
+import copy
+
 import pytest
 import torch
 
@@ -10,13 +12,14 @@ from lab.latent.loop import Budget, Prompt, rollout
 from lab.methods.colar import toy
 from lab.methods.colar.config import ColarSettings
 from lab.methods.colar.data import collate, group
-from lab.methods.colar.objective import advantages, clipped, loss
+from lab.methods.colar.objective import loss
 from lab.methods.colar.policy import generate
 from lab.methods.colar.reinforce import Acting, ColarThinking, rewards_of, train_rl
 from lab.methods.colar.stages import decoding, deviation, evaluate, recorded, start
 from lab.methods.colar.train import Batches, collator, count, prepare, train, warm_up
+from lab.methods.colar.trainer import PublishedGRPO
 from lab.models.layouts import load
-from lab.rl import Completions, RLSettings, gap
+from lab.rl import Completions, RLSettings, gap, reinforce
 from lab.train import TrainSettings
 
 SETTINGS = {"lora_r": 0, "max_compression_factor": 3, "lp_intermediate_size": 32}
@@ -152,13 +155,96 @@ def test_reinforcement_moves_the_head_leaves_the_table_and_has_no_gap(model, tmp
     assert not torch.equal(head, model.parts.head.mean.weight)
 
 
-def test_rewards_and_the_average_switch():
+def naive_log_probs(m, prompt, thoughts, said):
+    """Densities of one row's thoughts, averaged over the width, and log-probabilities of what it said, from one uncached reading."""
+    table = m.backbone.get_input_embeddings()
+    x = torch.cat((table(torch.tensor(prompt)), thoughts, table(torch.tensor(said))))[None]
+    h = m.backbone.model(inputs_embeds=x).last_hidden_state[0, len(prompt) - 1 : -1]
+    mean, std = m.parts.head(h[: len(thoughts)])
+    density = torch.distributions.Normal(mean, std).log_prob(thoughts / m.config.embeds_std).mean(-1)
+    words = m.backbone.lm_head(h[len(thoughts) :]).log_softmax(-1)
+    return density, words[torch.arange(len(said)), torch.tensor(said)]
+
+
+def published_loss(new, old, advantage, average):
+    """−A·clipped ratio of each part (rows of log-probabilities), over a row's acts or 32, then over rows; the parts are added."""
+    total = 0.0
+    for parts in zip(new, old, advantage, strict=True):
+        for now, before in zip(*parts[:2], strict=True):
+            ratio = (now - before).exp()
+            gain = torch.minimum(ratio * parts[2], ratio.clamp(0.8, 1.2) * parts[2])
+            total = total - (gain.mean() if average else gain.sum() / 32) / len(new)
+    return total
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_the_published_update_is_the_released_codes(model, tmp_path, average):
+    """Two losses added, deviation + 1e-8, nucleus and forced separators counted, a step for each share of the rows (`colar.md` 2.6)."""
+    naive, told, acted, rolled, updated = copy.deepcopy(model), [], [], [], []
+
+    class Seen(ColarThinking):
+        def act(self, prompts, *args, **options):
+            acts = super().act(prompts, *args, **options)
+            acts.record["row"] = torch.arange(len(acts.ids))
+            rolled.append((prompts, acts))
+            return acts
+
+        def log_probs(self, batch, temperature):
+            if torch.is_grad_enabled():
+                updated.append(batch.record["row"].tolist())
+            return super().log_probs(batch, temperature)
+
+    def reward(completion_ids, **_):
+        acted.append([sum(row) % 7 / 1e4 for row in completion_ids])  # so small that 1e-4 in the denominator would show
+        return acted[-1]
+
+    kind = "grpo" if average else "dr_grpo"
+    how = {
+        "steps": 4,
+        "updates": 2,
+        "prompts": 2,
+        "samples": 4,
+        "longest": 9,
+        "lr": 1e-3,
+        "schedule": "constant",
+        "weight_decay": 0.01,
+        "eps": 1e-4,
+    }
+    settings = RLSettings.check(**how, clip=1.0, loss_type=kind, save_every=0, log_every=1, device="cpu")
+    prompts = [[*model.prompt(example, 2), model.config.sep_id] for example in toy.examples("train", 8, 0)]
+    thinking = Seen(model, 4, compat=True)
+    reinforce(model, thinking, prompts, {}, {reward: 1.0}, settings, tmp_path, lambda **r: told.append(r), trainer_class=PublishedGRPO)
+    assert len(rolled) == 2 and [sorted(updated[i] + updated[i + 1]) for i in (0, 2)] == [list(range(8))] * 2
+    learning = [p for p in naive.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(learning, lr=1e-3, weight_decay=0.01, eps=1e-4)
+    for number, ((asked, acts), paid) in enumerate(zip(rolled, acted, strict=True)):
+        r = torch.tensor(paid).view(2, 4)
+        advantage = ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-8)).flatten()
+
+        def rows(chosen, asked=asked, acts=acts):
+            counts = acts.record["counts"].tolist()
+            given = [(asked[i // 4], acts.record["thoughts"][i, : counts[i]], acts.ids[i][counts[i] :]) for i in chosen]
+            return [naive_log_probs(naive, *row) for row in given]
+
+        with torch.no_grad():
+            before = rows(range(8))
+        ours = -advantage[updated[2 * number]].mean().item()  # of the default update: one mean over a row's acts, and 1e-4
+        assert abs(told[2 * number]["loss"] - ours) > 1e-3
+        for step, chosen in enumerate(updated[2 * number : 2 * number + 2], 2 * number):
+            optimiser.zero_grad()
+            value = published_loss(rows(chosen), [before[i] for i in chosen], advantage[chosen], average)
+            value.backward()
+            norm = torch.nn.utils.clip_grad_norm_(learning, 1.0)
+            optimiser.step()
+            assert told[step]["loss"] == pytest.approx(float(value.detach()), rel=1e-3, abs=1e-5)
+            assert told[step]["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
+    for ours, theirs in zip(model.parameters(), naive.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_rewards_may_be_divided_by_the_number_of_thoughts():
     right = next(iter(rewards_of("colar", True)))
     assert right(["Answer: 5", "Answer: 4"], ["5", "5"], [2, 2]) == [0.5, 0.0]
-    new, old, mask = torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
-    gain = advantages(torch.tensor([1.0, 0.0]), 2)
-    assert clipped(new, old, gain, mask).item() == pytest.approx(0.0, abs=1e-6)
-    assert clipped(new, old, gain, mask, average_per_token=False).item() == pytest.approx(-(3 - 1) * 0.7071 / 32 / 2, abs=1e-4)
 
 
 def test_evaluation_counts_thoughts_and_caps(model):

@@ -112,14 +112,6 @@ def log_probs(model: ColarModel, seen: Experience, reduction: str = "mean", temp
     return latent, logits.gather(-1, seen.answer[..., None])[..., 0]
 
 
-def clipped(new: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, eps: float = 0.2, average_per_token: bool = True) -> Tensor:
-    """The clipped policy loss of one part: mean over a row's valid positions (or their sum / 32, the published default), then over rows."""
-    ratio = (new - old).exp()
-    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - eps, 1 + eps) * advantage) * mask
-    by_row = gain.sum(1) / (mask.sum(1).clamp(min=1) if average_per_token else 32)
-    return -by_row.mean()
-
-
 def advantages(rewards: Tensor, group: int) -> Tensor:
     """(R, 1): rewards (R,) standardised within groups of `group` consecutive rows, 0 where all are equal."""
     by_group = rewards.view(-1, group)

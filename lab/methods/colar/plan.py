@@ -39,11 +39,19 @@ def _shared(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rl_settings(given: Mapping[str, Any]) -> RLSettings:
-    """Of GRPO: one update on each rollout, no divergence term, gradient norm at most 1."""
-    size = {"steps": given["rl_steps"], "prompts": given["rl_prompts"], "samples": given["rl_samples"], "lr": given["rl_lr"]}
+    """Of GRPO: `rl_updates` steps on each rollout, no divergence term, gradient norm at most 1."""
+    updates = given["rl_updates"]
+    size = {
+        "steps": given["rl_steps"] * updates,
+        "updates": updates,
+        "save_every": given["save_every"] * updates,
+        "prompts": given["rl_prompts"],
+        "samples": given["rl_samples"],
+        "lr": given["rl_lr"],
+    }
     size |= {"micro_batch": given["micro_batch"], "longest": given["thoughts"] + 1 + given["max_new_tokens"]}
     loss = "grpo" if given["average_per_token_loss"] else "dr_grpo"
-    rest = {name: given[name] for name in ("weight_decay", "save_every", "seed", "bf16", "processes", "sharding", "report_to")}
+    rest = {name: given[name] for name in ("weight_decay", "seed", "bf16", "processes", "sharding", "report_to")}
     return RLSettings.check(**size, loss_type=loss, schedule="constant", clip=1.0, **rest)
 
 

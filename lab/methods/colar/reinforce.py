@@ -6,6 +6,7 @@ Axes: R rows, P prompt columns, C completion columns, T thoughts, D width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from lab.data.examples import Example
 from lab.errors import SettingsError
 from lab.latent.draws import Keyed
 from lab.latent.loop import Budget, Prompt, Rollout, rollout
+from lab.latent.plan import left, right
 from lab.latent.policy import Rows
 from lab.latent.sampling import Sampling
 from lab.methods.colar.model import ColarModel
 from lab.methods.colar.objective import Experience, log_normal, log_probs
-from lab.methods.colar.policy import ColarPolicy
+from lab.methods.colar.policy import PUBLISHED, ColarPolicy
 from lab.rl import Acts, Completions, RLSettings, WithReference, reinforce
 from lab.train import TrainResult
 
@@ -33,10 +35,11 @@ class Acting(ColarPolicy):
 
     Args:
         reduction: `mean` over the width (published) or `sum` (the true density).
+        top_p: nucleus that answers are drawn from.
     """
 
-    def __init__(self, model: ColarModel, temperature: float, reduction: str):
-        super().__init__(model, Sampling(temperature=temperature), temperature, temperature)
+    def __init__(self, model: ColarModel, temperature: float, reduction: str, top_p: float = 1.0):
+        super().__init__(model, Sampling(temperature=temperature, top_p=top_p), temperature, temperature)
         self.reduction = reduction
 
     def thought(self, rows: Rows) -> Tensor:
@@ -53,14 +56,15 @@ class ColarThinking(WithReference):
     Args:
         most: thoughts at which a row is closed; that separator is not the policy's own and is left out of the update.
         reduction: of a thought's log-density over the width: `mean` (published) or `sum`.
+        compat: as released: answers from the nucleus, a forced separator counts as said, log-probabilities from a second pass.
     """
 
-    def __init__(self, model: ColarModel, most: int, reduction: str = "mean"):
+    def __init__(self, model: ColarModel, most: int, reduction: str = "mean", compat: bool = False):
         if model.config.lp_deterministic:
             raise SettingsError("This model's latent head has no deviation, so its thoughts have no probability; train one with it.")
         if most < 1 or reduction not in ("mean", "sum"):
             raise SettingsError(f"most = {most}, reduction = {reduction!r}: at least one thought, and mean or sum.")
-        self.model, self.most, self.reduction = model, most, reduction
+        self.model, self.most, self.reduction, self.compat = model, most, reduction, compat
 
     def act(self, prompts: list[list[int]], samples: int, draws: Keyed, *, temperature: float, longest: int) -> Acts:
         """Completions of the prompts (which end with the separator); see `lab.rl.Thinking`."""
@@ -68,11 +72,24 @@ class ColarThinking(WithReference):
         if most < 1:
             raise SettingsError(f"longest = {longest}: a completion needs room for a thought, the separator and an answer.")
         self.model.eval()
-        policy, prompt = Acting(self.model, temperature, self.reduction), Prompt.of_ids(self.model.decoder, prompts)
+        policy = Acting(self.model, temperature, self.reduction, PUBLISHED.top_p if self.compat else 1.0)
+        prompt = Prompt.of_ids(self.model.decoder, prompts)
         done = rollout(
             self.model.decoder, policy, prompt, samples, draws, budget=Budget(thoughts=most, answer=longest - most - 1), keep=KEPT
         )
-        return self._acts(done)
+        acts = self._acts(done)
+        return self._scored(acts, [prompt for prompt in prompts for _ in range(samples)], temperature) if self.compat else acts
+
+    @torch.no_grad()
+    def _scored(self, acts: Acts, prompts: list[list[int]], temperature: float) -> Acts:
+        """The same with every act the policy's own, and the log-probabilities that the update would give now."""
+        sides = []
+        for side in (left(prompts), right(acts.ids, self.model.config.pad_id)):
+            ids = side.ids.to(acts.record["counts"].device)
+            sides += [ids, torch.ones_like(ids) if side.valid is None else side.valid.to(ids)]
+        found = self.log_probs(Completions(*sides, acts.record), temperature)[0].tolist()
+        logprobs = [row[: len(ids)] for row, ids in zip(found, acts.ids, strict=True)]
+        return replace(acts, logprobs=logprobs, own=[[True] * len(ids) for ids in acts.ids])
 
     def _acts(self, done: Rollout) -> Acts:
         s, out = self.model.config, Acts([], [], [], {"written": [], "thoughts": []})
@@ -140,6 +157,7 @@ def train_rl(
     rule: str = "colar",
     punish_length: bool = False,
     reduction: str = "mean",
+    compat: bool = False,
     rewards: Mapping[Callable[..., Sequence[float]], float] | None = None,
     logger: Callable[..., None] | None = None,
     validate: Callable[[Any], dict[str, float]] | None = None,
@@ -147,13 +165,25 @@ def train_rl(
     """GRPO in place on `data` at one speed; a completion has room for `most` thoughts beside its answer.
 
     Args:
+        compat: the update of the released code (`PublishedGRPO`); its mini-batches are `settings.updates`.
         rewards: function -> weight, instead of `rewards_of(rule, punish_length)`.
     """
-    thinking = ColarThinking(model, most, reduction)
+    if compat and settings.loss_type not in ("grpo", "dr_grpo"):
+        raise SettingsError("The published update is a mean over each row (loss_type grpo) or a sum over 32 (dr_grpo).")
+    thinking = ColarThinking(model, most, reduction, compat)
     if settings.beta:
         thinking.hold_reference()
     prompts = [[*model.prompt(example, speed), model.config.sep_id] for example in data]
     columns = {"gold": [example.answer for example in data]}
     model.backbone.get_input_embeddings().weight.requires_grad_(False)
     rewards = rewards or rewards_of(rule, punish_length)
-    return reinforce(model, thinking, prompts, columns, rewards, settings, folder, logger, validate=validate)
+    own = {"validate": validate, "trainer_class": _trainer(compat)}
+    return reinforce(model, thinking, prompts, columns, rewards, settings, folder, logger, **own)
+
+
+def _trainer(compat: bool) -> type | None:
+    if not compat:
+        return None
+    from lab.methods.colar.trainer import PublishedGRPO
+
+    return PublishedGRPO
