@@ -136,8 +136,9 @@ def grid(head: list[str], rows: list[list[str]], caption: str, classes: str = ""
     """An HTML table of already escaped cells; the first column is the row's header."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     lines = "".join(f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows)
+    title = f"<caption>{caption}</caption>" if caption else ""
     head_and_body = f"<thead><tr>{top}</tr></thead><tbody>{lines}</tbody>"
-    return f'<div class="scroll" tabindex="0"><table class="{classes}"><caption>{caption}</caption>{head_and_body}</table></div>'
+    return f'<div class="scroll" tabindex="0"><table class="{classes}">{title}{head_and_body}</table></div>'
 
 
 def bar(share: float, hue: str, label: str) -> str:

@@ -13,7 +13,7 @@ from lab.trace import Trace
 from lab.view.base import View, ansi, escape, grid, number, plain
 from lab.view.tokens import verdict
 
-_COLUMNS = ("question", "sample", "answer", "gold", "correct", "votes", "score", "finish", "text")
+_COLUMNS = ("question", "prompt", "sample", "answer", "gold", "correct", "votes", "score", "finish", "text")
 _SIGNS = {True: "✓", False: "✗"}
 
 
@@ -54,20 +54,29 @@ class Samples(View):
             return "<p>No samples were recorded.</p>"
         hidden = len(self.rows) - self.limit
         more = f'<p class="soft">{hidden} more samples: raise limit=.</p>' if hidden > 0 else ""
-        return f'<p class="note">{escape(self.state())}</p>{self._grid()}{more}{self._trees()}'
+        asked = self.rows["prompt"].unique()
+        prompt = f'<p class="asked" dir="auto">{escape(asked[0])}</p>' if len(asked) == 1 and asked[0] else ""
+        return f'<p class="note">{escape(self.state())}</p>{prompt}{self._grid()}{more}{self._trees()}'
+
+    @property
+    def several(self) -> bool:
+        """Whether any question was answered more than once."""
+        return bool(self.trace.samples["question"].duplicated().any())
 
     def state(self) -> str:
         """One sentence of totals: samples, right ones, questions right by vote, questions with any right sample."""
         rows = self.rows
-        said = f"{len(rows)} samples of {rows['question'].nunique()} questions"
+        if (rows["parent"] >= 0).any():
+            return f"{_many(len(rows), 'beam')} of {_many(rows['question'].nunique(), 'question')}; each grew from the one it hangs under."
+        said = f"{_many(len(rows), 'sample')} of {_many(rows['question'].nunique(), 'question')}"
         judged = rows[rows["correct"].notna()]
         if judged.empty:
             return said + "."
         right = judged["correct"].astype(bool)
-        said += f"; {right.mean():.1%} of samples correct"
-        if (rows.groupby("question").size() > 1).any():
-            by_vote = (right & judged["voted"]).groupby(judged["question"]).any()
-            said += f"; majority vote {by_vote.mean():.1%}, any sample right {right.groupby(judged['question']).any().mean():.1%}"
+        said += f": {right.sum()} correct ({right.mean():.1%})"
+        if self.several:
+            by_vote, ever = (found.groupby(judged["question"]).any() for found in (right & judged["voted"], right))
+            said += f"; of the questions, {_share(by_vote)} right by majority vote, {_share(ever)} with any sample right"
         return said + "."
 
     def text(self, width: int = 100, color: bool = True) -> str:
@@ -81,12 +90,14 @@ class Samples(View):
         return "\n".join(lines)
 
     def _grid(self) -> str:
-        names = [name for name in _COLUMNS if name in ("question", "sample") or _told(self.rows[name])]
+        hidden = set() if self.several else {"sample", "votes"}
+        hidden |= {"prompt"} if self.rows["prompt"].nunique() == 1 else set()
+        names = [name for name in _COLUMNS if name not in hidden and (name in ("question", "sample") or _told(self.rows[name]))]
         head = "".join(f'<th scope="col" aria-sort="none"><button type="button">{name}</button></th>' for name in names)
         lines = "".join(_line(row, names) for row in self.table().head(self.limit).to_dict("records"))
-        return (
-            f'<div class="scroll" tabindex="0"><table class="sortable"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
-        )
+        votes = " Votes: samples of the question with this answer; ★ where most have it." if "votes" in names else ""
+        table = f"<caption>Press a heading to sort.{votes}</caption><thead><tr>{head}</tr></thead><tbody>{lines}</tbody>"
+        return f'<div class="scroll tall" tabindex="0"><table class="sortable">{table}</table></div>'
 
     def _trees(self) -> str:
         grown = [part for _, part in self.rows.groupby("question", sort=False) if (part["parent"] >= 0).any()]
@@ -183,8 +194,17 @@ def _branch(children: dict[int, list[dict[str, Any]]], rows: Sequence[dict[str, 
             score = "" if row["score"] != row["score"] else f" <small>score {number(row['score'])}</small>"
             answer = f" <b>{escape(row['answer'])}</b> {verdict(row['correct'])}" if row["answer"] else ""
             dim = "" if answer else ' class="soft"'
-            items.append(f"<li{dim}>sample {row['sample']}{score}{answer}{_branch(children, children.get(row['sample'], []), seen)}</li>")
+            name = escape(row["text"][:60]) or f"sample {row['sample']}"
+            items.append(f"<li{dim}>{name}{score}{answer}{_branch(children, children.get(row['sample'], []), seen)}</li>")
     return f'<ul class="tree">{"".join(items)}</ul>' if items else ""
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _share(found: pd.Series) -> str:
+    return f"{found.sum()} of {len(found)} ({found.mean():.1%})"
 
 
 def _told(values: pd.Series) -> bool:
@@ -199,7 +219,7 @@ def _cell(name: str, value: Any, row: dict[str, Any]) -> str:
     if name == "correct":
         known = not pd.isna(value)
         return f'<td data-v="{int(value) if known else -1}">{verdict(value)}</td>'
-    if name == "text":
+    if name in ("text", "prompt"):
         return (
             f"<td><details><summary>{escape(value[:40])}…</summary><pre>{escape(value)}</pre></details></td>"
             if len(value) > 60

@@ -69,7 +69,8 @@ def _last(line: Line) -> float:
 
 def _range(values: np.ndarray) -> tuple[float, float]:
     low, high = float(values.min()), float(values.max())
-    return (low, high) if high > low else (low - 0.5, low + 0.5)
+    margin = abs(low) / 2 or 0.5
+    return (low, high) if high > low else (low - margin, low + margin)
 
 
 def _tick(value: float) -> str:

@@ -70,7 +70,7 @@ class Thoughts(View):
         blocks = "".join(self._block(sample) for sample in samples[: self.limit])
         hidden = len(samples) - self.limit
         more = f'<p class="soft">{hidden} more samples: pick one with question= and sample=, or raise limit=.</p>' if hidden > 0 else ""
-        return blocks + more + self._summary()
+        return f'<div class="cards">{blocks}</div>{more}{self._summary()}'
 
     def text(self, width: int = 100, color: bool = True) -> str:
         if self.rows.empty:
@@ -86,9 +86,10 @@ class Thoughts(View):
         columns = [[_candidate(*one) for one in zip(row["top_texts"], row["top_probs"], row["gold"], strict=True)] for row in part]
         ranks = [[f"rank {k + 1}", *(cells[k] if k < len(cells) else "" for cells in columns)] for k in range(self._wide())]
         measures = [[_LABELS.get(name, escape(name)), *(_measure(name, row[name]) for row in part)] for name in self.measures]
-        gold = "✓ gold intermediate of " + ", ".join(map(escape, sample["steps"])) if sample["steps"] else "no gold steps recorded"
+        gold = "✓ gold intermediate of " + ", ".join(map(escape, sample["steps"])) if sample["steps"] else ""
         table = grid(["thought", *(str(row["step"]) for row in part)], [*ranks, *measures], gold, "thoughts")
-        return f'<article class="sample">{header(sample)}{table}</article>'
+        asked = f'<p class="asked" dir="auto">{escape(sample["prompt"])}</p>' if sample["prompt"] else ""
+        return f'<article class="sample{" wide" * (len(part) > 4)}">{header(sample)}{asked}{table}</article>'
 
     def _line(self, row: dict[str, Any], width: int, color: bool) -> str:
         stop = "" if row["stop_prob"] != row["stop_prob"] else f" stop {row['stop_prob']:.2f} {text_bar(row['stop_prob'], 6)}"

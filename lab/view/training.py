@@ -16,7 +16,7 @@ from lab.view.base import View, escape, grid, number, plain
 from lab.view.svg import Line, chart, sparkline
 
 METRICS, EVENTS = "metrics.jsonl", "divergence.jsonl"
-_FIRST = ("loss", "reward", "accuracy", "grad_norm", "lr", "learning_rate")
+_FIRST = ("loss", "reward", "accuracy", "eval", "grad_norm", "lr", "learning_rate")
 _CLOCKS = ("time", "epoch", "seconds")
 
 
@@ -49,9 +49,10 @@ class Training(View):
 
     @property
     def names(self) -> list[str]:
-        """The metrics logged, losses first."""
+        """The metrics logged: losses first, then rewards, each whole before its parts, and spreads last."""
         seen = list(dict.fromkeys(self.frame["metric"]))
-        return sorted(seen, key=lambda name: next((place for place, first in enumerate(_FIRST) if name.startswith(first)), len(_FIRST)))
+        ranks = {name: next((place for place, first in enumerate(_FIRST) if name.startswith(first)), len(_FIRST)) for name in seen}
+        return sorted(seen, key=lambda name: (name.endswith(("/std", "_std", "/min", "/max")), ranks[name], name not in _FIRST))
 
     def table(self) -> pd.DataFrame:
         """The last value of every metric that still counts."""
@@ -89,7 +90,9 @@ class Training(View):
 
     def _lines(self, name: str) -> Iterator[Line]:
         part = self.frame[self.frame["metric"] == name]
+        several = self.frame["label"].nunique() > 1
         for place, (label, series) in enumerate(part.groupby("label", sort=False)):
+            label = label if several else ""
             kept, lost = series[~series["discarded"]], series[series["discarded"]]
             yield Line(label, palette.SERIES[place % len(palette.SERIES)], kept["step"].tolist(), kept["value"].tolist())
             for _, stretch in lost.groupby((lost["line"].diff() > 1).cumsum()):

@@ -135,9 +135,20 @@ def test_votes_totals_and_order():
     drawn = view.samples(answered(), "-score")
     assert drawn.rows["votes"].tolist() == [2, 1, 2, 0] and drawn.rows["voted"].tolist() == [True, False, True, False]
     assert drawn.table()["sample"].tolist() == [3, 2, 1, 0]
-    assert drawn.state() == "4 samples of 1 questions; 50.0% of samples correct; majority vote 100.0%, any sample right 100.0%."
+    assert drawn.state() == (
+        "4 samples of 1 question: 2 correct (50.0%); of the questions, 1 of 1 (100.0%) right by majority vote, 1 of 1 (100.0%) with any sample right."
+    )
     with pytest.raises(SettingsError, match="Did you mean 'score'"):
         view.samples(answered(), "scores")
+
+
+def test_a_table_shows_what_was_asked_and_no_votes_where_nobody_voted():
+    one = Trace.build("tah", samples=[{"question": q, "prompt": f"<q{q}>", "answer": "1", "correct": True} for q in range(2)])
+    page = view.samples(one).html()
+    assert "&lt;q1&gt;" in page and ">votes<" not in page and ">sample<" not in page
+    assert "2 samples of 2 questions: 2 correct (100.0%)." in page
+    voted = view.samples(answered(prompt=["how many?"] * 4)).html()
+    assert ">votes<" in voted and voted.count("how many?") == 1 and ">prompt<" not in voted
 
 
 def test_hostile_answers_stay_text_in_every_table():
@@ -149,6 +160,7 @@ def test_hostile_answers_stay_text_in_every_table():
 def test_beams_hang_under_their_parents_and_loops_end():
     page = view.samples(answered(parent=[-1, 0, 1, 3])).html()
     nested = page[page.index('class="tree"') :]
+    assert "4 beams of 1 question" in page
     assert nested.index("sample 0") < nested.index("sample 1") < nested.index("sample 2") and nested.count('<ul class="tree">') == 2
     assert view.samples(answered(parent=[1, 0, -1, -1])).html().count("<li") == 2
 
