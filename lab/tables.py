@@ -23,8 +23,8 @@ def arms(results: Mapping[str, Any], name: str = "") -> dict[str, dict[str, Any]
 def rows_of(runs: Iterable[tuple[Mapping[str, Any], Mapping[str, Mapping[str, Any]]]]) -> list[Row]:
     """One row per group of runs, step and arm. `runs` are (point, {step: headline}); points that differ in `seed` only are a group.
 
-    A metric's cell is {"mean", "low", "high", "n"} with a 95 % t-interval over the runs (low and high None for a single run),
-    or the common text.
+    A metric's cell is {"mean", "low", "high", "n"} with a 95 % t-interval over the runs (low and high None for a single run, or
+    where all have the same count), or the common text.
     """
     cells: dict[tuple, dict[str, list[Any]]] = {}
     for point, steps in runs:
@@ -44,8 +44,10 @@ def _cell(values: list[Any]) -> Any:
     numbers = [_number(value) for value in values]
     if any(number is None for number in numbers):
         return ", ".join(dict.fromkeys(map(str, values)))
-    if len(numbers) == 1 or not all(map(math.isfinite, numbers)):
-        return {"mean": sum(numbers) / len(numbers) if len(numbers) > 1 else numbers[0], "low": None, "high": None, "n": len(numbers)}
+    if len(set(numbers)) == 1 and isinstance(numbers[0], int) or len(numbers) == 1:
+        return {"mean": numbers[0], "low": None, "high": None, "n": len(numbers)}
+    if not all(map(math.isfinite, numbers)):
+        return {"mean": sum(numbers) / len(numbers), "low": None, "high": None, "n": len(numbers)}
     from lab.stats import mean_interval
 
     interval = mean_interval(numbers)

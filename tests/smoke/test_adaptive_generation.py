@@ -14,7 +14,8 @@ from lab.latent.loop import Budget, Prompt, rollout
 from lab.latent.policy import Phase
 from lab.latent.record import Response
 from lab.latent.sampling import Sampling
-from lab.methods.adaptive import report
+from lab.methods.adaptive import report, toy
+from lab.methods.adaptive.config import AdaptiveSettings
 from lab.methods.adaptive.model import read_ids, scores
 from lab.methods.adaptive.policy import Adaptive, generate, official_ids, warning
 
@@ -135,3 +136,8 @@ def test_the_trace_holds_stop_probabilities_and_candidates(model):
     trace = generate(model, QUESTIONS[:2], top=3, max_thoughts=3, max_new_tokens=4).trace()
     assert trace.method == "adaptive" and trace.thoughts.stop_prob.between(0, 1).any()
     assert all(len(texts) == 3 for texts in trace.thoughts.top_texts if len(texts))
+
+
+def test_reasoning_is_counted_also_where_words_run_together():
+    toy_model = SimpleNamespace(tokenizer=toy.tokenizer(), config=AdaptiveSettings(filter="none"))
+    assert [report._tokens(text, toy_model) for text in ("", "<<2>><<7>>", " op1 Q 5", "op12 Q")] == [0, 2, 3, 2]

@@ -20,6 +20,11 @@ def test_runs_that_differ_in_the_seed_only_are_one_row_with_an_interval():
     assert second["accuracy"] == {"mean": 0.9, "low": None, "high": None, "n": 1}
 
 
+def test_a_count_that_is_the_same_in_all_runs_stays_one():
+    (row,) = rows_of([({"seed": str(s)}, {"eval": {"questions": 500, "steps": 3 + s, "score": 1.0}}) for s in range(2)])
+    assert [cell_text(row[name]) for name in ("questions", "steps", "score")] == ["500", "3.500 ± 6.353 (2)", "1.000 ± 0.000 (2)"]
+
+
 def test_words_and_undefined_numbers():
     (row,) = rows_of([({"seed": "0"}, {"eval": {"best": "tah", "loss": "nan"}}), ({"seed": "1"}, {"eval": {"best": "sft", "loss": 1.0}})])
     assert row["best"] == "tah, sft"

@@ -52,7 +52,7 @@ def evaluate(
         "bad_format": 1 - len(formed) / len(every),
         "cut_off": statistics.fmean(row["cut"] for row in every),
         "capped": statistics.fmean(row["capped"] for row in every),
-        "questions": float(len(data)),
+        "questions": len(data),
     }, found
 
 
@@ -76,11 +76,11 @@ def _scored(row: Any, example: Example, model: AdaptiveModel, forced: bool) -> d
 
 
 def _tokens(text: str, model: AdaptiveModel) -> int:
-    """Tokens of a text; its words where the tokenizer does not know one of them (a toy's has no unknown token)."""
-    try:
-        return len(Writer(model.tokenizer, model.config).piece(text))
-    except Exception:  # tokenizers raise nothing more special
-        return len(text.split())
+    """Tokens of a text; where a token is a whole word (a toy's tokenizer), of unknown ones too."""
+    inner = getattr(model.tokenizer, "backend_tokenizer", None)
+    if type(getattr(inner, "model", None)).__name__ == "WordLevel":
+        return len(inner.pre_tokenizer.pre_tokenize_str(text))
+    return len(Writer(model.tokenizer, model.config).piece(text))
 
 
 def validator(data: Sequence[Example], thoughts: int | None = None, **options: Any) -> Callable[[AdaptiveModel], dict[str, float]]:
