@@ -17,6 +17,7 @@ from lab.files import make_folder, write_text, writing
 log = logging.getLogger(__name__)
 GRACE_S = 5.0  # how long a kernel may take to stop before it is ended
 PATIENCE_S = 60  # how long the last words of a cell that has ended may take: a machine at its limit needs more than the usual 4
+START_S = 600  # how long a kernel may take to start
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -97,13 +98,13 @@ def _interruptible(work: Callable[[], None], manager: Any) -> None:
 
 def _papermill(notebook: Path, output: Path, parameters: dict[str, Any], on_cell: Callable[[int, int], None] | None, manager: Any) -> None:
     import papermill
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from nbclient.exceptions import CellTimeoutError
     from papermill.exceptions import PapermillExecutionError
 
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # its warnings are about parameters, which lab.parameters has checked
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # its warnings are about parameters, which lab.parameters has checked
     hooks = {"on_cell_start": _counter(notebook, on_cell)} if on_cell else {}
     given = {"kernel_name": "python3", "language": "python", "kernel_manager_class": manager, "progress_bar": False, **hooks}
-    given["iopub_timeout"] = PATIENCE_S
+    given |= {"iopub_timeout": PATIENCE_S, "start_timeout": START_S}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -112,7 +113,9 @@ def _papermill(notebook: Path, output: Path, parameters: dict[str, Any], on_cell
         raise CellFailed(output, error.cell_index + 1, error.ename, error.evalue) from None
     except CellTimeoutError:
         raise RunError(f"The kernel of {notebook.name} has not answered for {PATIENCE_S} seconds; its output is in {output}.") from None
-    except DeadKernelError:
+    except RuntimeError as error:
+        if not str(error).startswith("Kernel d"):  # "died", also "before replying", for which there is no class of error; "didn't respond"
+            raise
         raise RunError(f"The kernel of {notebook.name} died (killed, or out of memory); its output so far is in {output}.") from None
 
 

@@ -2,7 +2,10 @@
 
 import os
 import shutil
+import signal
+import threading
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -44,7 +47,7 @@ def train(folder, logger=None, loss=loss, dropout=0.2, **changes):
     chosen = {"steps": 12, "global_batch": 8, "micro_batch": 2, "lr": 1e-2, "log_every": 1, "save_every": 4, "weight_decay": 0.1}
     settings = TrainSettings.check(**{**chosen, **changes})
     fit(model, data, collate, loss, settings, folder, logger, lengths=[len(row) for row in data])
-    rows = on_main(lambda: files.read_lines(folder_path(folder) / "metrics.jsonl"))
+    rows = on_main(lambda: files.read_lines(Path(folder) / "metrics.jsonl"))
     kept = [row for row in rows if "loss" in row]
     return {
         "losses": [row["loss"] for row in kept],
@@ -80,7 +83,7 @@ def skipping(folder, shardings):
     found = {}
     for how in shardings:
         found[how] = train(f"{folder}/{how}", loss=poisoned, sharding=how)
-        rows = on_main(lambda how=how: files.read_lines(folder_path(folder) / how / "divergence.jsonl"))
+        rows = on_main(lambda how=how: files.read_lines(Path(folder) / how / "divergence.jsonl"))
         found[how]["skipped"] = [row["step"] for row in rows if row["kind"] == "skipped"]
     return found
 
@@ -88,7 +91,7 @@ def skipping(folder, shardings):
 def train_and_resume(folder, **changes):
     """A training, and what it comes to when its last steps are done again from the checkpoint before."""
     done = train(folder, **changes)
-    on_main(lambda: shutil.rmtree(folder_path(folder) / "checkpoint-12"))
+    on_main(lambda: shutil.rmtree(Path(folder) / "checkpoint-12"))
     return done, train(folder, **changes)
 
 
@@ -124,10 +127,15 @@ def _in_pieces(how):
     return {**seen, "unchanged": all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))}
 
 
-def folder_path(folder):
-    from pathlib import Path
+def die_at(path, lines):
+    """Kills this process once `path` has so many lines; who watches from outside can be late on a busy machine."""
 
-    return Path(folder)
+    def watch():
+        while not Path(path).exists() or Path(path).read_bytes().count(b"\n") < lines:
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def complain():
@@ -144,7 +152,7 @@ def die():
 
 def wait(folder):
     """Notes its process id, then waits for ever."""
-    (folder_path(folder) / str(rank())).write_text(str(os.getpid()))
+    (Path(folder) / str(rank())).write_text(str(os.getpid()))
     time.sleep(600)
 
 
