@@ -15,9 +15,10 @@ from lab.files import write_text
 from lab.progress import clock
 from lab.records import StepRecord, results_of
 from lab.runs import MANIFEST, Run, open_run
-from lab.tables import SEED, Row, cell_text, columns, rows_of, table_html, table_text
+from lab.tables import SEED, Row, cell_text, columns, rows_of, split, table_html, table_text
 from lab.view import palette
 
+FOLDED = 12  # rows from which a table is folded
 TABLE_LIMIT = 60  # rows of a step's table that the page shows; all are in the CSV beside it
 LONGEST_TEXT = 24  # of a value in the table of results; sentences stand in their step's own table
 MOST_COLUMNS = 9  # of a table of results, before it is turned
@@ -105,7 +106,8 @@ def _results(paper: str, runs: list[Run], titled: bool) -> str:
     wordy = {name for row in rows for name, value in row.items() if name != "arm" and isinstance(value, str) and len(value) > LONGEST_TEXT}
     rows = [{name: value for name, value in row.items() if name not in wordy} for row in rows]
     steps = {row.pop("step") for row in rows}
-    arms = table_html(_turned([row for row in rows if row["arm"]]), f"{next(iter(steps))} step" if len(steps) == 1 else "")
+    named = f"{next(iter(steps))} step" if len(steps) == 1 else "arms"
+    arms = "".join(_folding(_turned(part), named) for part in split([row for row in rows if row["arm"]]))
     single = "".join(_key_numbers(row) for row in rows if not row["arm"])
     heading = f'<h3><a href="#{_anchor(runs[0])}">{_safe(_title(paper))}</a></h3>' if titled else ""
     return f"{heading}{arms}{single}" if arms or single else ""
@@ -223,20 +225,25 @@ def _step_row(name: str, step: Mapping[str, Any]) -> Row:
 
 
 def _step(record: StepRecord, paper: str) -> str:
-    parts = [_figure(path) for path in record.files("figures", "*.svg")]
-    parts += [_captioned(name, rows) for name, rows in record.tables.items()]
-    views = "".join(f"<div class=view>{path.read_text()}</div>" for path in record.files("views", "*.html")) + _training(record)
-    if record.name != _result_step(paper):
-        parts.insert(0, _own_headline(record))
-    grid = f"<div class=parts>{''.join(parts)}</div>" if parts else ""
-    return f"<section><h3>{_safe(record.name)}</h3>{grid}{views}</section>" if parts or views else ""
+    figures = _parts([_figure(path) for path in record.files("figures", "*.svg")])
+    tables = [] if record.name == _result_step(paper) else [_own_headline(record)]
+    tables += [_captioned(name, rows) for name, rows in record.tables.items()]
+    views = "".join(f"<div class=view>{path.read_text()}</div>" for path in record.files("views", "*.html"))
+    shown = figures + _parts(tables) + views + _training(record)
+    return f"<section><h3>{_safe(record.name)}</h3>{shown}</section>" if shown else ""
+
+
+def _parts(parts: list[str]) -> str:
+    """What stands side by side where there is room."""
+    return f"<div class=parts>{''.join(parts)}</div>" if any(parts) else ""
 
 
 def _own_headline(record: StepRecord) -> str:
     rows = rows_of([({}, {record.name: record.results})])
     arms = [{name: value for name, value in row.items() if name != "step"} for row in rows if row["arm"]]
     single = "".join(_key_numbers({**row, "step": ""}) for row in rows if not row["arm"])
-    return f"<div>{table_html(arms)}{single}</div>" if arms or single else ""
+    tables = "".join(_folding(part, "results") for part in split(arms))
+    return f"<div>{tables}{single}</div>" if arms or single else ""
 
 
 def _figure(path: Path) -> str:
@@ -245,8 +252,15 @@ def _figure(path: Path) -> str:
 
 
 def _captioned(name: str, rows: list[Row]) -> str:
-    note = f" (first {TABLE_LIMIT} of {len(rows)} rows; all in tables/{name}.csv)" if len(rows) > TABLE_LIMIT else ""
-    return table_html(rows[:TABLE_LIMIT], name.replace("_", " ") + note)
+    """A step's table under its name, folded where it is long."""
+    note = f", the first {TABLE_LIMIT} here, all in tables/{name}.csv" if len(rows) > TABLE_LIMIT else ""
+    return _folding(rows, name.replace("_", " "), note)
+
+
+def _folding(rows: list[Row], title: str, note: str = "") -> str:
+    if len(rows) < FOLDED:
+        return table_html(rows, title)
+    return f"<details><summary>{_safe(title)}: {len(rows)} rows{_safe(note)}</summary>{table_html(rows[:TABLE_LIMIT])}</details>"
 
 
 def _training(record: StepRecord) -> str:
@@ -255,7 +269,9 @@ def _training(record: StepRecord) -> str:
         return ""
     from lab.view import training
 
-    return f"<div class=view>{training(record.folder).html()}</div>"
+    drawn = training(record.folder)
+    opened = " open" if drawn.events else ""
+    return f"<details{opened}><summary>Curves of what was logged</summary><div class=view>{drawn.html()}</div></details>"
 
 
 def _manifest(manifest: Mapping[str, Any]) -> str:

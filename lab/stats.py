@@ -26,6 +26,10 @@ class Interval:
         """Whether `value` lies outside the limits; False where they are unknown."""
         return self.low > value or self.high < value
 
+    def named(self, name: str) -> dict[str, float]:
+        """{name: mean, name_low: …, name_high: …}: how a step's results hold it."""
+        return {name: self.mean, f"{name}_low": self.low, f"{name}_high": self.high}
+
     def __str__(self) -> str:
         return f"{self.mean:.3g}" if math.isnan(self.low) else f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}]"
 

@@ -44,6 +44,13 @@ def test_text_from_data_is_escaped(make, tmp_path):
     assert "<script>alert" not in page and page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 3
 
 
+def test_long_tables_and_curves_are_folded(make, tmp_path):
+    page = report.write([make(**{f"arm {n:02d}": {"x": float(n)} for n in range(30)})], tmp_path / "r.html").read_text()
+    folded = "".join(re.findall(r"<details>.*?</details>", page, flags=re.S))
+    assert "Curves of what was logged" in folded and "arm 29" in folded and page.count("arm 29") == folded.count("arm 29")
+    assert "&lt;script&gt;" in page.replace(folded, "")  # a short table stands open
+
+
 def test_styles_that_views_share_are_kept_once(make, tmp_path):
     folders = [make(seed, x=1.0) for seed in range(3)]
     assert report.write(folders, tmp_path / "r.html").read_text().count("<style>.x{}</style>") == 1
