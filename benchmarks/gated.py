@@ -18,7 +18,7 @@ from lab.methods.dtt.config import GatedSettings
 from lab.methods.dtt.model import SparseGatedModel
 from lab.methods.dtt.reinforce import GatedThinking, GateLearning
 from lab.models.backbones import load_backbone
-from lab.rl import Completions
+from lab.training.acts import Completions
 
 PROMPT, WRITTEN, SAMPLES = 64, 32, 8
 

@@ -20,10 +20,11 @@ from trl import GRPOConfig, GRPOTrainer
 from lab import optim, sharding
 from lab.latent.draws import Keyed
 from lab.launch import check_world, rank, world_size
-from lab.rl import Acts, Completions, PromptOrder, RLSettings, Thinking, check_gap, gap
 from lab.stability import Recovery
 from lab.stability.guarded import Guarded
 from lab.trainer import Supervised, sharded
+from lab.training.acts import Acts, Completions, PromptOrder, Thinking, check_gap, gap
+from lab.training.settings import RLSettings
 
 RECORD = "record_"
 

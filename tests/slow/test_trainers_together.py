@@ -11,7 +11,7 @@ import trainer_targets as targets
 
 import lab
 from lab import launch as launching
-from lab import train
+from lab.training import together
 
 pytestmark = pytest.mark.slow
 there = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install -e '.[deepspeed]'")
@@ -57,8 +57,8 @@ def test_the_training_can_be_handed_to_other_processes_and_its_weights_come_back
         launching._save(function(**arguments), tmp_path / "result")
         return launching._read(tmp_path / "result")
 
-    monkeypatch.setattr(train, "launch", handed)
-    monkeypatch.setattr(train, "send_row", lambda row: targets.files.append_line(tmp_path / "training" / "metrics.jsonl", row))
+    monkeypatch.setattr(together, "launch", handed)
+    monkeypatch.setattr(together, "send_row", lambda row: targets.files.append_line(tmp_path / "training" / "metrics.jsonl", row))
     found = targets.measured(name, tmp_path / "training", processes=2)
     for what in ("losses", "gradients", "weights"):
         assert found[what] == pytest.approx(one["ddp", name][what], abs=1e-7, rel=1e-6), what

@@ -19,8 +19,9 @@ from lab.methods.colar.stages import decoding, deviation, evaluate, recorded, st
 from lab.methods.colar.train import Batches, collator, count, prepare, train, warm_up
 from lab.methods.colar.trainer import PublishedGRPO
 from lab.models.layouts import load
-from lab.rl import Completions, RLSettings, gap, reinforce
+from lab.rl import RLSettings, reinforce
 from lab.train import TrainSettings
+from lab.training.acts import Completions, gap
 
 SETTINGS = {"lora_r": 0, "max_compression_factor": 3, "lp_intermediate_size": 32}
 HOW = {"global_batch": 8, "lr": 2e-3, "device": "cpu", "log_every": 1}

@@ -14,7 +14,8 @@ from lab.methods.adaptive.data import Writer
 from lab.methods.adaptive.model import read_ids, scores
 from lab.methods.adaptive.policy import Adaptive
 from lab.methods.adaptive.reinforce import AdaptiveThinking, LengthReward, distribution, rewards_of
-from lab.rl import Completions, PromptOrder, RLSettings, gap, reinforce
+from lab.rl import RLSettings, reinforce
+from lab.training.acts import Completions, PromptOrder, gap
 
 QUESTIONS = [row["question"] for row in numbers("tokenized")["rows"]]
 LABELS = [str(i) for i in range(5)]
@@ -206,7 +207,7 @@ def test_all_of_several_processes_start_again_with_fewer_completions(tmp_path, m
             raise OutOfMemory("injected")
         return function(**arguments)
 
-    monkeypatch.setattr("lab.train.launch", launch)
+    monkeypatch.setattr("lab.training.together.launch", launch)
     result, rows = train(lora_model(), tmp_path, SETTINGS.but(steps=1, processes=2))
     assert asked == [(2, 0), (2, 2), (2, 1)] and result.steps == 1  # each has half of the 8
     assert [row["micro_batch"] for row in rows if row.get("event") == "out_of_memory"] == [2, 1]

@@ -381,7 +381,7 @@ def of_stage(text: str, kind: str, otherwise: str) -> str:
 
 
 def rl_fields(grpo: str, rl: str) -> Values:
-    """The two RL strings as fields of `lab.rl.RLSettings`; SettingsError where they do not fit together."""
+    """The two RL strings as fields of `lab.training.settings.RLSettings`; SettingsError where they do not fit together."""
     g, r = resolve_grpo(grpo), resolve_rl(rl)
     samples = g.get("num_generations", 8)
     if r["batch_size"] % samples:

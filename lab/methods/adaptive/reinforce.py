@@ -27,7 +27,7 @@ from lab.methods.adaptive.config import COLON, CONTINUE, MARKER, START, STOP
 from lab.methods.adaptive.data import first_number
 from lab.methods.adaptive.model import AdaptiveModel, Thinker
 from lab.methods.adaptive.policy import Adaptive
-from lab.rl import Acts, Completions, WithReference
+from lab.training.acts import Acts, Completions, WithReference
 
 TOLERANCE = 1e-6
 
@@ -187,7 +187,7 @@ class AdaptiveThinking(WithReference):
             yield
 
     def act(self, prompts: list[list[int]], samples: int, draws: Keyed, *, temperature: float, longest: int) -> Acts:
-        """Completions of the prompts; see `lab.rl.Thinking`."""
+        """Completions of the prompts; see `lab.training.acts.Thinking`."""
         most = min(self.most, longest - 2)
         if most < 1:
             raise SettingsError(f"longest = {longest}: a completion needs room for a thought, STOP and an answer.")
@@ -213,7 +213,7 @@ class AdaptiveThinking(WithReference):
         return out
 
     def log_probs(self, batch: Completions, temperature: float) -> tuple[Tensor, Tensor]:
-        """(R, C) log-probabilities and entropies; see `lab.rl.Thinking`. Prompts that are the same are read once."""
+        """(R, C) log-probabilities and entropies; see `lab.training.acts.Thinking`. Prompts that are the same are read once."""
         thinker, s = self.thinker, self.model.config
         thoughts = ((batch.ids == s.go_on) & batch.mask.bool()).sum(1)
         prompts, group = torch.unique(torch.cat((batch.prompt, batch.prompt_mask), 1), dim=0, return_inverse=True)

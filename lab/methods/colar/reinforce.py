@@ -24,8 +24,9 @@ from lab.latent.sampling import Sampling
 from lab.methods.colar.model import ColarModel
 from lab.methods.colar.objective import Experience, log_normal, log_probs
 from lab.methods.colar.policy import PUBLISHED, ColarPolicy
-from lab.rl import Acts, Completions, RLSettings, WithReference, reinforce
+from lab.rl import RLSettings, reinforce
 from lab.train import TrainResult
+from lab.training.acts import Acts, Completions, WithReference
 
 KEPT = ("thoughts", "logprob", "stop_prob", "density")
 
@@ -67,7 +68,7 @@ class ColarThinking(WithReference):
         self.model, self.most, self.reduction, self.compat = model, most, reduction, compat
 
     def act(self, prompts: list[list[int]], samples: int, draws: Keyed, *, temperature: float, longest: int) -> Acts:
-        """Completions of the prompts (which end with the separator); see `lab.rl.Thinking`."""
+        """Completions of the prompts (which end with the separator); see `lab.training.acts.Thinking`."""
         most = min(self.most, longest - 2)
         if most < 1:
             raise SettingsError(f"longest = {longest}: a completion needs room for a thought, the separator and an answer.")

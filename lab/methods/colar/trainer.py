@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lab.launch import rank
 from lab.methods.colar.objective import advantages
-from lab.rl import PromptOrder
+from lab.training.acts import PromptOrder
 from lab.trl_trainer import LatentGRPOTrainer
 
 

@@ -143,7 +143,7 @@ class SparseGatedModel(LatentModel):
         """Sets the projection to the ridge regression from a state to the embedding of the token that follows it (`dtt.md` 7).
 
         Args:
-            batches: with `prompt`, `prompt_mask`, `ids`, `mask` as in `lab.rl.Completions`.
+            batches: with `prompt`, `prompt_mask`, `ids`, `mask` as in `lab.training.acts.Completions`.
 
         Returns the share of the embeddings' variance that it explains.
         """

@@ -25,7 +25,7 @@ from lab.methods.dtt.gate import open_probability
 from lab.methods.dtt.model import SparseGatedModel
 from lab.methods.dtt.objective import gate_error, gate_log_probs, log_probs, read, seen_gates, unrolled
 from lab.methods.dtt.policy import GatedPolicy, check_gates
-from lab.rl import Acts, Completions
+from lab.training.acts import Acts, Completions
 
 Credit = Literal["pathwise", "policy", "none"]
 NOTES = ("logprob", "state", "noise", "gate", "gate_logit", "open")
@@ -88,7 +88,7 @@ class GatedThinking:
             self._plain = False
 
     def act(self, prompts: list[list[int]], samples: int, draws: Keyed, *, temperature: float, longest: int) -> Acts:
-        """Completions of the prompts; see `lab.rl.Thinking`. The prompt is read once for its samples."""
+        """Completions of the prompts; see `lab.training.acts.Thinking`. The prompt is read once for its samples."""
         self.model.eval()
         self.model.check_prompts(prompts, longest)
         policy = GatedPolicy(self.model, Sampling(temperature=temperature))
@@ -117,7 +117,7 @@ class GatedThinking:
         return part.masked_fill(~fed, 0.0)
 
     def log_probs(self, batch: Completions, temperature: float) -> tuple[Tensor, Tensor]:
-        """(R, C) log-probabilities and entropies over the recorded states and noise; see `lab.rl.Thinking`."""
+        """(R, C) log-probabilities and entropies over the recorded states and noise; see `lab.training.acts.Thinking`."""
         model, record = self._held if self._plain and self._held is not None else self.model, batch.record
         if self._plain:
             return log_probs(model, read(model, batch), batch, temperature)
