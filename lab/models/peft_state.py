@@ -30,6 +30,14 @@ def merged(body: State, alpha: float) -> State:
     return state
 
 
+def wrapped(body: State, pairs: State) -> State:
+    """A backbone's weights and low-rank pairs (under the names of an adapter file) as peft's model holds them: what `merged` reads."""
+    stems = {key.split(".lora_")[0] for key in pairs}
+    split = {key: f"{WRAPPED}{key}".rpartition(".") for key in body}
+    state = {f"{stem}.base_layer.{kind}" if stem in stems else f"{WRAPPED}{key}": body[key] for key, (stem, _, kind) in split.items()}
+    return state | {key.replace("_A.", "_A.default.").replace("_B.", "_B.default."): value for key, value in pairs.items()}
+
+
 def with_adapters(backbone, rank: int, alpha: float, targets: Sequence[str], dropout: float = 0.0, **more: Any) -> Any:
     """`backbone` wrapped by peft, frozen but for adapters on the modules `targets`; itself where `rank` is 0.
 

@@ -217,10 +217,34 @@ def test_adapters_on_base_and_assistant_start_as_nothing_learn_and_come_back(tmp
     again.use_assistant(base(5, 24))
     assert [row.ids for row in again.generate(EXAMPLES, **GREEDY).rows] == want
     assert want != [row.ids for row in plain.generate(EXAMPLES, **GREEDY).rows]
-    with pytest.raises(SettingsError, match="save.. keeps every other kind"):
-        export_official(tuned, tmp_path / "official")
     with pytest.raises(SettingsError, match="needs generator: assistant"):
         model("block", tune_assistant_model=True)
+
+
+PEFT = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
+
+
+def test_tuned_models_are_written_as_peft_holds_them_and_come_back(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    m = model("assistant", gold_steps="off", tune_base_model=True, tune_assistant_model=True).eval()
+    with torch.no_grad():
+        for name, p in m.parts.named_parameters():
+            p += 0.1 * torch.randn_like(p) if name.endswith(".B") else 0.0
+    export_official(m, tmp_path)
+    ids = torch.arange(10, 20)[None]
+    for name, plain, decoder in (("base", base(), m.decoder), ("assistant", base(5, 24), m.assistant_decoder)):
+        theirs = get_peft_model(plain, LoraConfig(**PEFT)).eval()
+        theirs.load_state_dict(torch.load(tmp_path / f"{name}_model.bin", weights_only=True))
+        with torch.no_grad():
+            h = decoder(decoder.embed(ids), torch.arange(10)[None], decoder.grow()).last
+            torch.testing.assert_close(theirs(ids).logits, decoder.logits(h), atol=1e-4, rtol=1e-4)
+    answers = {"tokenizer": m.tokenizer, "num_thought_tokens": 3, "family": "qwen3", "distinct_slots": True}
+    again = lab.load(tmp_path, backbone=base(), assistant=base(5, 24), **answers)
+    assert [row.ids for row in again.generate(EXAMPLES, **GREEDY).rows] == [row.ids for row in m.generate(EXAMPLES, **GREEDY).rows]
+    m.assistant = None
+    with pytest.raises(SettingsError, match="call use_assistant first"):
+        export_official(m, tmp_path / "again")
 
 
 def test_published_weights_of_a_tuned_base_are_added_to_it(tmp_path):
@@ -228,7 +252,7 @@ def test_published_weights_of_a_tuned_base_are_added_to_it(tmp_path):
 
     m = model("block").eval()
     export_official(m, tmp_path / "official")
-    wrapped = get_peft_model(base(), LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    wrapped = get_peft_model(base(), LoraConfig(**PEFT, init_lora_weights=False))
     torch.save(wrapped.state_dict(), tmp_path / "official" / "base_model.bin")
     again = lab.load(tmp_path / "official", backbone=base(), tokenizer=m.tokenizer, num_thought_tokens=3, family="qwen3")
     ids = torch.arange(10, 20)[None]

@@ -12,7 +12,7 @@ from lab.methods.lta.model import LORA, ThoughtModel
 from lab.models.backbones import load_backbone
 from lab.models.layouts import FolderFiles, Layout
 from lab.models.loading import State, load_exact, read_state
-from lab.models.peft_state import merged
+from lab.models.peft_state import merged, wrapped
 from lab.models.shapes import BUFFERS
 from lab.models.tokenizers import load_tokenizer
 
@@ -114,10 +114,10 @@ def load_weights(model: ThoughtModel, projection: str, block: str = "") -> None:
 
 
 def export_official(model: ThoughtModel, folder: Path | str) -> Path:
-    """`folder` with the published files; SettingsError for a control, which has no such files."""
+    """`folder` with the published files, tuned models among them; SettingsError for a control, which has no such files."""
     folder, state = Path(folder), {key: value.detach().cpu().clone() for key, value in model.parts.state_dict().items()}
-    if model.config.generator not in ("block", "assistant") or model.config.tune_base_model or model.config.tune_assistant_model:
-        raise SettingsError("Only a block or a projection for frozen models has this published layout; save() keeps every other kind.")
+    if model.config.generator not in ("block", "assistant"):
+        raise SettingsError("Only a block or a projection has this published layout; save() keeps every other kind.")
     projection = {key.removeprefix("generator.projection."): value for key, value in state.items() if ".projection." in key}
     block = {key.removeprefix("generator.block."): value for key, value in state.items() if ".block." in key}
     if "starts" in state:
@@ -127,4 +127,16 @@ def export_official(model: ThoughtModel, folder: Path | str) -> Path:
         torch.save(projection, folder / PROJECTION)
         if block:
             torch.save(block, folder / BLOCK)
+        for kind, whole in _tuned(model).items():
+            torch.save(whole, folder / TUNED[kind])
     return folder
+
+
+def _tuned(model: ThoughtModel) -> dict[str, State]:
+    """The whole states of what was tuned, adapters included, as the published code writes them."""
+    bodies = {"base": model.backbone, "assistant": model.assistant}
+    adapters = {kind: getattr(model.parts, f"{kind}_lora", None) for kind in bodies}
+    if adapters["assistant"] is not None and model.assistant is None:
+        raise SettingsError(f"The assistant was tuned and is written whole; call use_assistant first ({model.config.assistant_id}).")
+    found = {kind: (bodies[kind].state_dict(), lora.peft_state()) for kind, lora in adapters.items() if lora is not None}
+    return {kind: {key: value.cpu().clone() for key, value in wrapped(*states).items()} for kind, states in found.items()}
