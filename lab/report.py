@@ -96,8 +96,10 @@ def _overview(runs: list[Run]) -> str:
     for run in runs:
         by_paper.setdefault(run.manifest["paper"], []).append(run)
     tables = "".join(_results(paper, part, len(by_paper) > 1) for paper, part in by_paper.items())
-    note = '<p class="soft">Means over runs that differ in their seed only, ± half a 95 % t-interval, and the number of runs.</p>'
-    return f'{navigation}<section><h2 id="results">Results</h2>{tables}{note if len(runs) > len(groups) else ""}</section>'
+    seeds = "Means over runs that differ in their seed only, ± half a 95 % t-interval, and the number of runs."
+    questions = "In brackets the 95 % interval over the questions of a run."
+    note = seeds if len(runs) > len(groups) else questions if re.search(r"\d \[\d", tables) else ""
+    return f'{navigation}<section><h2 id="results">Results</h2><p class="soft">{note}</p>{tables}</section>'
 
 
 def _results(paper: str, runs: list[Run], titled: bool) -> str:

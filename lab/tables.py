@@ -24,7 +24,8 @@ def rows_of(runs: Iterable[tuple[Mapping[str, Any], Mapping[str, Mapping[str, An
     """One row per group of runs, step and arm. `runs` are (point, {step: headline}); points that differ in `seed` only are a group.
 
     A metric's cell is {"mean", "low", "high", "n"} with a 95 % t-interval over the runs (low and high None for a single run, or
-    where all have the same count), or the common text.
+    where all have the same count), or the common text. Limits that a single run recorded itself, as <metric>_low and <metric>_high
+    (over questions), are its cell's; of several runs they are left out.
     """
     cells: dict[tuple, dict[str, list[Any]]] = {}
     for point, steps in runs:
@@ -35,9 +36,17 @@ def rows_of(runs: Iterable[tuple[Mapping[str, Any], Mapping[str, Mapping[str, An
                 for metric, value in metrics.items():
                     row.setdefault(metric, []).append(value)
     return [
-        {**dict(group), "step": step, "arm": arm, **{metric: _cell(values) for metric, values in row.items()}}
+        {**dict(group), "step": step, "arm": arm, **_with_limits({metric: _cell(values) for metric, values in row.items()})}
         for (group, step, arm), row in cells.items()
     ]
+
+
+def _with_limits(row: Row) -> Row:
+    for name in [name for name in row if f"{name}_low" in row and f"{name}_high" in row]:
+        low, high = (row.pop(f"{name}_{end}") for end in ("low", "high"))
+        if row[name]["n"] == 1:
+            row[name] |= {"low": low["mean"], "high": high["mean"]}
+    return row
 
 
 def _cell(values: list[Any]) -> Any:
@@ -63,10 +72,12 @@ def _number(value: Any) -> float | int | None:
 
 
 def cell_text(cell: Any) -> str:
-    """`0.803 ± 0.030 (5)` for a mean over runs, `0.803` for one number."""
+    """`0.803 ± 0.030 (5)` for a mean over runs, `0.803 [0.773, 0.833]` for a run with limits of its own, `0.803` for a number alone."""
     if isinstance(cell, Mapping):
         if cell["low"] is None:
             return number_text(cell["mean"])
+        if cell["n"] == 1:
+            return f"{number_text(cell['mean'])} [{number_text(cell['low'])}, {number_text(cell['high'])}]"
         return f"{number_text(cell['mean'])} ± {number_text((cell['high'] - cell['low']) / 2)} ({cell['n']})"
     return number_text(cell)
 

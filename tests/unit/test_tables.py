@@ -25,6 +25,13 @@ def test_a_count_that_is_the_same_in_all_runs_stays_one():
     assert [cell_text(row[name]) for name in ("questions", "steps", "score")] == ["500", "3.500 ± 6.353 (2)", "1.000 ± 0.000 (2)"]
 
 
+def test_limits_of_its_own_belong_to_a_single_run():
+    told = {"evaluate": {"tah": {"accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "passes": 2.0}}}
+    (one,), (two,) = rows_of([({"seed": "0"}, told)]), rows_of([({"seed": "0"}, told), ({"seed": "1"}, told)])
+    assert cell_text(one["accuracy"]) == "0.500 [0.400, 0.600]" and list(one) == list(two) == ["step", "arm", "accuracy", "passes"]
+    assert cell_text(two["accuracy"]) == "0.500 ± 0.000 (2)"
+
+
 def test_words_and_undefined_numbers():
     (row,) = rows_of([({"seed": "0"}, {"eval": {"best": "tah", "loss": "nan"}}), ({"seed": "1"}, {"eval": {"best": "sft", "loss": 1.0}})])
     assert row["best"] == "tah, sft"

@@ -20,6 +20,7 @@ from lab.methods.adaptive.data import Writer, first_number
 from lab.methods.adaptive.model import AdaptiveModel, read_ids, scores
 from lab.methods.adaptive.policy import generate, given_count
 from lab.methods.adaptive.reinforce import TOLERANCE, answer_of
+from lab.stats import proportion_interval
 from lab.train import TrainResult
 
 _ANSWER = re.compile(re.escape(MARKER + COLON), re.IGNORECASE)
@@ -43,7 +44,7 @@ def evaluate(
     formed = [row for row in every if row["formed"]]
     lengths = [row["length"] for row in formed]
     return {
-        "score": statistics.fmean(row["correct"] for row in every),
+        **proportion_interval(sum(row["correct"] for row in every), len(every)).named("score"),
         "thoughts": statistics.fmean(row["thoughts"] for row in formed) if formed else float("nan"),
         "length": statistics.fmean(lengths) if lengths else float("nan"),
         "length_std": statistics.pstdev(lengths) if lengths else float("nan"),

@@ -143,7 +143,8 @@ def learnt(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], fo
 
 def headline(rows: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
     """{speed: numbers} for the run's results."""
-    return {f"speed {row['speed']}": {name: row[name] for name in ("accuracy", "thoughts", "capped")} for row in rows}
+    taken = {"accuracy": "accuracy", "accuracy_low": "low", "accuracy_high": "high", "thoughts": "thoughts", "capped": "capped"}
+    return {f"speed {row['speed']}": {name: row[column] for name, column in taken.items()} for row in rows}
 
 
 def deviation(model: ColarModel, data: Sequence[Example], speed: int = 1) -> float:
