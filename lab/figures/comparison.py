@@ -1,7 +1,5 @@
 """Methods side by side."""
 
-from typing import Any
-
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -42,18 +40,31 @@ def accuracy_against_cost(ax: Axes, table: pd.DataFrame, x: str = "passes", xlab
         ax.plot(part[x], part["mean"], marker, color=colour, zorder=3)
         if {"low", "high"} <= set(part.columns):
             bars(ax, part[x], part, colour)
-    for row in apart(table.sort_values("mean", ascending=False), x):
-        ax.annotate(label(row["method"]), (row[x], row["mean"]), xytext=(6, row["shift"]), textcoords="offset points", va="center")
     ax.set(xlabel=xlabel or label(x), ylabel="accuracy", ylim=(-0.03, 1.08), xscale="log" if log else "linear")
     ax.margins(x=0.18)
     percent(ax)
+    ax.figure.draw_without_rendering()
+    _named(ax, table.sort_values("mean", ascending=False), x)
 
 
-def apart(table: pd.DataFrame, x: str, near: float = 0.09, gap: float = 9.0) -> list[dict[str, Any]]:
-    """The rows with `shift`, how many points a name moves down so that names of dots close to one another can be read."""
-    width = (table[x].max() - table[x].min()) or 1.0
-    rows: list[dict[str, Any]] = []
-    for row in table.to_dict("records"):
-        crowd = [other for other in rows if abs(other[x] - row[x]) < 0.2 * width and abs(other["mean"] - row["mean"]) < near]
-        rows.append(row | {"shift": -gap * len(crowd)})
-    return rows
+def _named(ax: Axes, table: pd.DataFrame, x: str) -> None:
+    """Puts the name of each row beside its dot: the nearest place, right or left, that covers no dot and no other name."""
+    scale, size = 72 / ax.figure.dpi, ax.xaxis.label.get_fontsize()
+    dots = [(px * scale, py * scale) for px, py in ax.transData.transform(table[[x, "mean"]].to_numpy(float))]
+    frame = ax.get_window_extent()
+    taken = [(px - 4, py - 4, px + 4, py + 4) for px, py in dots]
+    for (px, py), row in zip(dots, table.to_dict("records"), strict=True):
+        width, name = 0.58 * size * len(label(row["method"])), label(row["method"])
+        for shift, left in ((part * step, left) for step in range(12) for part in (-0.6 * size, 0.6 * size) for left in (False, True)):
+            begin, middle = px - 6 - width if left else px + 6, py + shift
+            box = (begin, middle - 0.6 * size, begin + width, middle + 0.6 * size)
+            inside = frame.x0 * scale < box[0] and box[2] < frame.x1 * scale and frame.y0 * scale < box[1]
+            if inside and not any(_overlap(box, other) for other in taken):
+                break
+        taken.append(box)
+        place = {"xytext": (-6 if left else 6, shift), "textcoords": "offset points", "va": "center", "ha": "right" if left else "left"}
+        ax.annotate(name, (row[x], row["mean"]), **place)
+
+
+def _overlap(box: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]

@@ -1,5 +1,6 @@
 """Run: pytest tests/unit/test_figures.py"""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -119,12 +120,20 @@ def test_a_single_run_has_a_dot_and_no_interval():
         assert len(fig.axes[0].get_lines()[0].get_xydata()) >= 1
 
 
-def test_names_of_dots_that_touch_stand_apart_and_each_method_has_one():
-    fig = draw("accuracy_against_cost")
+@pytest.mark.parametrize("size", ["column", "wide"])
+def test_names_cover_neither_a_dot_nor_each_other_and_each_method_has_one(size):
+    names = ["start", "no_cot", "cot", "coconut", "codi", "adaptive", "colar", "tah", "dtt", "softcot", "lta"]
+    passes = [8.0, 2.0, 8.0, 5.0, 8.0, 8.0, 6.0, 8.01, 9.0, 8.0, 8.0]
+    table = intervals(method=names, passes=passes, mean=[0.676, 0.173, 0.979, 0.909, 0.162, 0.183, 0.998, 1.0, 1.0, 0.777, 0.682])
+    fig = figures.accuracy_against_cost(table, size=size, xlabel="passes an answer")
     fig.canvas.draw()
-    places = {text.get_text(): text.get_position() for text in fig.axes[0].texts}
-    assert set(places) == {"CODI", "LTA-Thinker", "CoT"} and places["CODI"][1] != places["LTA-Thinker"][1]
-    assert draw("accuracy_against_cost", xlabel="passes an answer").axes[0].get_xlabel() == "passes an answer"
+    (axis,) = fig.axes
+    boxes = {text.get_text(): text.get_window_extent() for text in axis.texts}
+    assert len(boxes) == len(names) and axis.get_xlabel() == "passes an answer"
+    dots = axis.transData.transform(table[["passes", "mean"]].to_numpy())
+    assert not [(name, dot) for name, box in boxes.items() for dot in dots if box.contains(*dot)]
+    assert not [(one, other) for one, other in itertools.combinations(boxes, 2) if boxes[one].overlaps(boxes[other])]
+    assert all(axis.get_window_extent().x0 < box.x0 and box.x1 < fig.bbox.x1 for box in boxes.values())
 
 
 def test_a_loss_that_begins_anew_is_not_joined_to_its_first_part():
