@@ -6,7 +6,7 @@ a model and the options it answers with. `lab.compare` measures them.
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,10 +137,15 @@ def codi(start: Start, steps: int) -> Trained:
     width = start.body.config.hidden_size
     s = CodiSettings(num_latent=start.thoughts, prj_dim=width, distill_loss_factor=5.0, include_last_cot=True, lora_r=0)
     model = CodiModel.start(*start.copy(), s)
-    rows = prepare(start.train, model.tokenizer, model.config).rows
+    rows = prepare(map(_without_last, start.train), model.tokenizer, model.config).rows
     with start.meter:
         train(model, rows, start.settings(steps), start.folder / "codi")
     return Trained(model)
+
+
+def _without_last(example: Example) -> Example:
+    """The example with all but the last step, which says the answer: a teacher who has read it copies, and shows nothing of how."""
+    return replace(example, steps=example.steps[:-1], extra={})
 
 
 def adaptive(start: Start, steps: int) -> Trained:
@@ -151,7 +156,7 @@ def adaptive(start: Start, steps: int) -> Trained:
 
     model = AdaptiveModel.start(*start.copy(), AdaptiveSettings(), multiple=1)
     distil = Distil(bias=start.thoughts, weight_codi=5.0, distance="smooth_l1", scale="layerwise_std", sentences=True)
-    distil = distil.but(mask_thought_labels=True)
+    distil = distil.but(mask_thought_labels=True, remove_last_step=True)
     with start.meter:
         train_sft(model, start.train, distil, start.settings(steps), start.folder / "adaptive")
     return Trained(model, arm="train")

@@ -64,6 +64,34 @@ def test_the_harder_of_two_kinds_of_batches_is_no_spike(seed):
     assert verdict.rule == "level of loss" and 600 < verdict.onset < 650
 
 
+# About as adaptive's losses were in the comparison with seed 2: its teacher still learns, the distance to it grows, and nothing is wrong.
+DISTANCE = [0.65, 0.48, 0.48, 1.02, 1.43, 1.57, 1.62, 1.66, 1.70, 1.71, 1.67, 1.70]
+STUDENT = [1.30, 0.398, 0.39, 0.385, 0.376, 0.377, 0.368, 0.363, 0.360, 0.359, 0.358, 0.349]
+TEACHER = [1.12, 0.178, 0.12, 0.061, 0.023, 0.019, 0.017, 0.010, 0.008, 0.007, 0.007, 0.007]
+
+
+def distilled(guard, student=STUDENT):
+    """The first verdict that is not ok on that training."""
+    draw, detector = random.Random(0), Detector(guard, warmup=20)
+    for step in range(1, 50 * len(DISTANCE) + 1):
+        parts = {
+            name: values[(step - 1) // 50] * math.exp(draw.gauss(0, 0.1))
+            for name, values in (("codi", DISTANCE), ("student_ce", student), ("teacher_ce", TEACHER))
+        }
+        verdict = detector.update(Signals(step, parts | {"loss": sum(parts.values())}, 2.0))
+        if verdict.action != "ok":
+            return verdict
+    return None
+
+
+def test_a_distance_to_a_teacher_that_still_learns_may_rise_while_the_cross_entropies_fall():
+    judged = Guard().of_components("teacher_ce", "student_ce")
+    assert distilled(Guard()).rule == "level of loss" and distilled(judged) is None
+    worse = distilled(judged, student=[*STUDENT[:4], *(2.5 * value for value in STUDENT[4:])])
+    assert worse.rule == "level of student_ce" and 200 < worse.onset < 250
+    assert Guard(level_on=["codi"]).of_components("student_ce").level_on == ["codi"], "what somebody chose stays"
+
+
 @pytest.mark.parametrize("over", [50, 400, 1500])
 def test_a_slow_rise_is_caught(over):
     series = [2.0] * 500 + [2.0 + 1.2 * min(1, i / over) for i in range(over + 600)]

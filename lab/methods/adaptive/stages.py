@@ -133,6 +133,7 @@ def train_sft(
     if rows.dropped:
         log.warning(rows.note())
     loss, settings = SFT(distil), spare_specials(model, settings)
+    settings = settings.but(guard=settings.guard.of_components("teacher_ce", "student_ce"))
     result = fit(model, rows.rows, batch_of, loss, settings, folder, logger, count=loss.count, validate=validate, label=distil.mode)
     if distil.mode == "latent":
         counts = set(rows.counts)

@@ -54,12 +54,13 @@ def train(
     def validate(model: CodiModel) -> dict[str, float]:
         return {"score": exact(model, held_out, written_too=arm == "cot")}
 
+    guard = how.guard if arm == "cot" else how.guard.of_components("ce", "ref_ce")
     return fit(
         model,
         rows,
         lambda picked: collate_pairs(picked, max(0, model.config.pad_id)),
         objective,
-        how,
+        how.but(guard=guard),
         folder,
         step_logger,
         count=items,
