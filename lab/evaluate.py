@@ -151,16 +151,8 @@ def evaluate(
         def keep(request: Request, output: Output) -> None:
             files.append_line(folder / SAMPLES, _line(benchmark, request, output, score(output.text, request.example)))
 
-        pending = _pending(folder, wanted, keep)
-        with Progress(label or f"{benchmark}", len(wanted)) as progress:
-            progress.start_at(len(wanted) - len(pending))
-            if processes > 1 and len({request.number for request in pending}) > 1:
-                _answer_together(generator, pending, decoding, folder, processes, progress)
-                _pending(folder, wanted, keep)
-            else:
-                for request, output in generator.generate(pending, decoding):
-                    keep(request, output)
-                    progress.advance()
+        with Progress(label or benchmark, len(wanted)) as progress:
+            _answer(generator, wanted, decoding, folder, keep, processes, progress)
         result = _summary(folder, benchmark, rule, wanted, _notes(examples))
         _write_tables(folder, result)
     return result
@@ -168,6 +160,27 @@ def evaluate(
 
 def _name(benchmark: str, request: Request) -> tuple[str, int]:
     return f"{benchmark}_{request.example.id}", request.sample
+
+
+def _answer(
+    generator: Generator,
+    wanted: Mapping[tuple[str, int], Request],
+    decoding: Decoding,
+    folder: Path,
+    keep: Callable[[Request, Output], None],
+    processes: int,
+    progress: Progress,
+) -> None:
+    """Asks what has not been answered before and keeps each answer when it is given."""
+    pending = _pending(folder, wanted, keep)
+    progress.start_at(len(wanted) - len(pending))
+    if processes > 1 and len({request.number for request in pending}) > 1:
+        _answer_together(generator, pending, decoding, folder, processes, progress)
+        _pending(folder, wanted, keep)
+        return
+    for request, output in generator.generate(pending, decoding):
+        keep(request, output)
+        progress.advance()
 
 
 def _pending(folder: Path, wanted: Mapping[tuple[str, int], Request], keep: Callable[[Request, Output], None]) -> list[Request]:

@@ -144,29 +144,27 @@ def run_arm(
 
     if arm not in ARMS:
         raise SettingsError(f"There is no arm {arm!r}; choose among {', '.join(ARMS)}.")
-    chosen, settings, reward = dict(ARMS[arm]), RLSettings.check(**rl), RewardSettings.check(**rewards)
+    settings, reward, training = RLSettings.check(**rl), RewardSettings.check(**rewards), Path(folder) / f"training-{arm}"
     learner = gated_model(model, dtype="float32") if gated is None else fresh(model, benchmark, gated, seed)
-    _adapt(learner, chosen.pop("forced", ""), lora)
-    thinking = GatedThinking(learner, GateLearning.check(**gate, **chosen, weight=reward.gate_penalty_coeff))
+    _adapt(learner, ARMS[arm].get("forced", ""), lora)
+    learning = GateLearning.check(**gate, credit=ARMS[arm]["credit"], weight=reward.gate_penalty_coeff)
+    thinking = GatedThinking(learner, learning)
     settings = settings.but(groups=gate_groups(learner, lr_gate, lr_lambda, settings.weight_decay))
     if settings.beta:
         thinking.hold_reference()
-    asked = examples(benchmark, "train2", rows, seed, data)
-    kept = prepare(asked, learner.tokenizer, learner.config, max_prompt_length)
-    answers = {example.id: example.answer for example in asked}
-    result = reinforce(
-        learner,
-        thinking,
-        [row.prompt for row in kept.rows],
-        {"answer": [answers[name] for name in kept.ids]},
-        rewards_of(learner.tokenizer, learner.config, reward),
-        settings,
-        Path(folder) / f"training-{arm}",
-        label=f"GRPO, {arm}",
-        trainer_class=CustomGRPOTrainer,
-    )
+    prompts, answers = _asked(learner, examples(benchmark, "train2", rows, seed, data), max_prompt_length)
+    rewarded = rewards_of(learner.tokenizer, learner.config, reward)
+    how = {"label": f"GRPO, {arm}", "trainer_class": CustomGRPOTrainer}
+    result = reinforce(learner, thinking, prompts, {"answer": answers}, rewarded, settings, training, **how)
     on_main(lambda: str(learner.save(Path(folder) / arm, overwrite=True)))
-    return _told(result, Path(folder) / f"training-{arm}")
+    return _told(result, training)
+
+
+def _asked(learner: SparseGatedModel, asked: Sequence[Example], longest: int) -> tuple[list[list[int]], list[str]]:
+    """Ids of the prompts that can be used, and the answers to them."""
+    kept = prepare(asked, learner.tokenizer, learner.config, longest)
+    answers = {example.id: example.answer for example in asked}
+    return [row.prompt for row in kept.rows], [answers[name] for name in kept.ids]
 
 
 def _adapt(learner: SparseGatedModel, forced: str, lora: dict[str, Any] | None) -> None:
