@@ -1,9 +1,11 @@
 """Where a pool's runs are executed: processes of this machine, Slurm jobs, Ray tasks. An engine has slots and can make one attempt."""
 
 import contextlib
+import itertools
 import math
 import os
 import queue
+import signal
 import socket
 import subprocess
 import tempfile
@@ -15,10 +17,11 @@ from typing import Any, Protocol
 
 import yaml
 
-from lab import kernels
+from lab import kernels, memory
 from lab.errors import DeviceError, SettingsError, unknown
 
 STOPPED = "stopped, to be taken up"
+_GLANCE = 10  # seconds between two looks at what a run holds that was given no limit
 _OF_THE_WORKER = ("CUDA_VISIBLE_DEVICES", "SLURM_", "RAY_")  # variables that a scheduler sets for a run
 
 
@@ -276,16 +279,20 @@ class Commands:
                 return STOPPED
             process = subprocess.Popen(command, env=environment, cwd=cwd, **pipes)
             self._running.add(process)
+        kills = memory.kills()
         try:
-            said = _listen(process, 60 * needs.minutes if needs.minutes else math.inf, needs.memory or math.inf)
-        except subprocess.TimeoutExpired:
-            return f"stopped after {60 * needs.minutes:g} s"  # type: ignore[operator]
-        except MemoryError:
-            return f"took more than the {needs.memory:g} GiB it was given and was stopped"
+            heard = _listen(process, needs)
         finally:
             _end(process)
-            self._running.discard(process)
-        return "" if process.returncode == 0 else STOPPED if self._stopped else _complaint(said, process.returncode)
+            with self._lock:
+                self._running.discard(process)
+        if heard.excess or process.returncode == 0:
+            return heard.excess
+        if self._stopped:
+            return STOPPED
+        if process.returncode == -signal.SIGKILL:
+            return memory.why_killed(kills, heard.gib)
+        return _complaint(heard.said, process.returncode)
 
     def stop(self) -> None:
         with self._lock:
@@ -294,20 +301,34 @@ class Commands:
                 process.terminate()
 
 
-def _listen(process: subprocess.Popen, seconds: float, gib: float) -> str:
-    """What `process` says until it ends; TimeoutExpired after `seconds`, MemoryError where it is found with more than `gib`.
+@dataclass
+class _Heard:
+    """Of a process: what it wrote to standard error, what it took too much of, the GiB it held when last looked at."""
+
+    said: str = ""
+    excess: str = ""
+    gib: float = 0.0
+
+
+def _listen(process: subprocess.Popen, needs: Needs) -> _Heard:
+    """Returns when `process` has ended or takes more than it `needs`.
 
     It wakes every second, also because Ray cannot interrupt one who waits.
     """
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            return process.communicate(timeout=min(1.0, max(0.0, end - time.monotonic())))[1]
-        except subprocess.TimeoutExpired:
-            if time.monotonic() >= end:
-                raise
-            if gib < math.inf and kernels.memory_gib(process.pid) > gib:
-                raise MemoryError from None
+    heard, end = _Heard(), time.monotonic() + (60 * needs.minutes if needs.minutes else math.inf)
+    for second in itertools.count(1):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            heard.said = process.communicate(timeout=min(1.0, max(0.0, end - time.monotonic())))[1]
+            break
+        if needs.memory or second % _GLANCE == 0:
+            heard.gib = memory.held_gib(process.pid)
+        if time.monotonic() >= end:
+            heard.excess = f"stopped after {60 * (needs.minutes or 0):g} s"
+        elif heard.gib > (needs.memory or math.inf):
+            heard.excess = f"took more than the {needs.memory:g} GiB it was given and was stopped"
+        if heard.excess:
+            break
+    return heard
 
 
 def _end(process: subprocess.Popen, seconds: float = 20.0) -> None:

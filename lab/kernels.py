@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.errors import RunError
+from lab.memory import name_of_kernels
 
 PRELOAD = ("ipykernel.kernelapp", "IPython.display", "ipywidgets", "pandas", "torch", "transformers.trainer", "matplotlib.pyplot")
 SOCKET = "LAB_WARM"
@@ -100,7 +101,7 @@ class ForkedProcess:
     def __init__(self, path: str, argv: list[str], cwd: str, env: dict[str, str], log_file: Path) -> None:
         self.returncode: int | None = None
         self._socket = _connect(path)
-        request = {"argv": argv, "cwd": str(cwd), "env": env, "log": str(log_file), "name": _name(os.getpid())}
+        request = {"argv": argv, "cwd": str(cwd), "env": env, "log": str(log_file), "name": name_of_kernels(os.getpid())}
         self._socket.sendall(json.dumps(request).encode() + b"\n")
         self._lines = self._socket.makefile("r")
         answer = self._lines.readline()
@@ -236,24 +237,6 @@ def end_with_parent(number: int) -> None:
     """Has Linux send this process the signal `number` when the one that started it ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
-
-
-def _name(run: int) -> str:
-    """What the system calls the kernels forked for the process `run`: they are the server's children, not its own."""
-    return f"lab {run}"
-
-
-def memory_gib(run: int) -> float:
-    """What the process `run`, all that it started and the kernels forked for it hold, with shared pages (libraries) counted once."""
-    import psutil
-
-    found = {process.pid: process.info for process in psutil.process_iter(["ppid", "name", "memory_info"])}
-    own = {pid for pid, info in found.items() if pid == run or info["name"] == _name(run)}
-    while more := {pid for pid, info in found.items() if info["ppid"] in own} - own:
-        own |= more
-    held = [found[pid]["memory_info"] for pid in own if found[pid]["memory_info"]]
-    shared = [getattr(memory, "shared", 0) for memory in held]
-    return (sum(memory.rss for memory in held) - sum(shared) + max(shared, default=0)) / 2**30
 
 
 def _settle_torch_and_draws() -> None:

@@ -1,6 +1,9 @@
 """Sweeps: a process a run, one failing run among others, resumed by content, a table with intervals."""
 
+import itertools
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from lab import files, pool, sweep
+from lab import files, memory, pool, sweep
 from lab.engines import Local, Needs, Slurm
 from lab.errors import BusyError, DeviceError, SettingsError
 from lab.records import StepRecord, results_of
@@ -239,8 +242,27 @@ def test_runs_that_need_two_gpus_share_four(monkeypatch):
 def test_what_a_run_says_was_wrong_is_its_own_last_word(monkeypatch):
     noisy = "import sys; print('a warning', file=sys.stderr); print('lab: the reason', file=sys.stderr); sys.exit(2)"
     assert Local().attempt([sys.executable, "-c", noisy]) == "the reason"
-    assert Local().attempt([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]) == "ended by signal 9"
+    assert Local().attempt([sys.executable, "-c", "import os; os.kill(os.getpid(), 8)"]) == "ended by signal 8"
     assert Local().attempt([sys.executable, "-c", "import sys; sys.exit(7)"]) == "exit status 7"
+
+
+def test_a_run_that_the_system_ended_says_what_it_held_and_what_to_do(monkeypatch):
+    real = memory.held_gib
+
+    def held(run):
+        if (gib := real(run)) > 0.09:
+            os.kill(run, signal.SIGKILL)
+        return gib
+
+    monkeypatch.setattr(memory, "held_gib", held)
+    message = Local(needs=Needs(memory=1)).attempt([sys.executable, "-c", "import time; kept = bytearray(100 << 20); time.sleep(600)"])
+    assert re.match(r"killed \(SIGKILL, when it held 0\.1 GiB\); if it was for want of memory: run fewer at a time", message), message
+    monkeypatch.setattr(memory, "kills", itertools.count().__next__)
+    assert (
+        Local()
+        .attempt([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+        .startswith("ended by Linux for want of memory: run fewer")
+    )
 
 
 def test_the_papers_own_grid_is_the_default(bench):
