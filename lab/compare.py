@@ -189,5 +189,5 @@ def against_papers(folder: Path, parameters: dict[str, Any]) -> list[dict[str, A
     found = []
     for name in (name for name in rows if name in papers.papers()):
         arms = written | {_records(folder)[name]["arm"]: rows[name]}
-        found += [{"paper": name, **row} for row in reported.compared(name, ours, arms, only=arms)]
+        found += [{"method": name, **row} for row in reported.compared(name, ours, arms, only=arms)]
     return found

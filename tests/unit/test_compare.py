@@ -99,6 +99,7 @@ def test_the_papers_numbers_stand_beside_with_what_differs(tmp_path):
     answered(tmp_path, "no_cot", [False, False], passes=2, written=2)
     toy = {"backbone": "toy:llama", "benchmark": "permutations", "temperature": 0.0}
     rows = compare.against_papers(tmp_path, toy)
+    assert {row["method"] for row in rows} == {"coconut"} and {row["paper"] for row in rows} >= {"34.100"}
     assert {row["claim"] for row in rows} == {"COCONUT", "No-CoT", "COCONUT with the repository's settings"}
     gsm8k = [row for row in rows if "gsm8k" in row["measure"]]
     assert gsm8k and all(row["ours"] == "" and "dataset: gsm8k, here permutations" in row["what differs"] for row in gsm8k)
