@@ -3,12 +3,17 @@
 Mixed questions (some samples right, some wrong) are the only ones where choosing matters; they are reported apart.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from torch import Tensor
-
-from lab.sampling.pool import Pool
-from lab.sampling.records import Asked
+from lab import files
+from lab.launch import share
+from lab.methods.latenttts.model import RewardModel
+from lab.progress import Progress
+from lab.sampling.pool import Pool, number_of
+from lab.sampling.records import Asked, read
 from lab.sampling.votes import best, official_ks, pass_at_k, vote
 from lab.stats import Interval, mean_interval, paired_difference, proportion_interval
 
@@ -92,6 +97,16 @@ def against_vote(pool: Pool, scores: Scores, n: int = 0) -> Interval:
     return paired_difference([row["best of N"] for row in found], [row["vote"] for row in found])
 
 
-def scored(pool: Pool, score: Callable[[list[Asked]], list[Tensor]]) -> Scores:
-    """One score a sample: the sum of its step scores, NaN steps left out."""
-    return {q.number: steps.nansum(-1).tolist() for q, steps in zip(pool.asked, score(pool.asked), strict=True)}
+def scored(pool: Pool, reward: RewardModel, processes: int = 1) -> Scores:
+    """One score a sample: the sum of its step scores, NaN steps left out; `processes` share the recorded files."""
+    paths = sorted(pool.folder.glob("*.safetensors"), key=number_of)
+    with TemporaryDirectory() as folder, Progress("scores", len(paths)) as progress:
+        share(partial(_score_files, reward, pool.latent, Path(folder)), paths, processes, progress.advance, reward)
+        return {number: scores for path in paths for number, scores in files.read_json(Path(folder) / path.name)}
+
+
+def _score_files(reward: RewardModel, latent: int | None, folder: Path, paths: list[Path]) -> Iterator[Path]:
+    for path in paths:
+        asked = list(read(path, latent))
+        scores = [[q.number, steps.nansum(-1).tolist()] for q, steps in zip(asked, reward.score(asked), strict=True)]
+        yield files.write_json(folder / path.name, scores)

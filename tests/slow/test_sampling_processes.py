@@ -1,4 +1,4 @@
-"""Two processes sample, label and search as one does, and go on where a kill left them."""
+"""Two processes sample, label, score and search as one does, and go on where a kill left them."""
 
 import pytest
 import torch
@@ -8,8 +8,9 @@ from lab import launch
 from lab.files import append_line
 from lab.methods.latenttts import toy
 from lab.methods.latenttts.model import RewardModel
+from lab.sampling.curves import scored
 from lab.sampling.labels import Labelling, label
-from lab.sampling.pool import sample
+from lab.sampling.pool import Pool, sample
 from lab.sampling.sampler import Sampler
 from lab.sampling.search import search
 
@@ -46,7 +47,9 @@ def test_samples_and_labels_of_two_processes_are_those_of_one(model, tmp_path, s
     for name, processes in (("one", 1), ("two", 2)):
         pool = sample(model, data, noise, 3, tmp_path / name, processes=processes, max_new_tokens=3, chunk=2)
         label(model, pool, dropout, HOW, tmp_path / f"{name}-labels", processes=processes)
-    assert started == [2, 2] and len(contents(tmp_path / "one")) == 5
+    reward = RewardModel.start(model, seed=1)
+    assert scored(pool, reward, 2) == scored(Pool(tmp_path / "one"), reward) and len(scored(pool, reward)) == 10
+    assert started == [2, 2, 2] and len(contents(tmp_path / "one")) == 5
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert contents(tmp_path / "one-labels") == contents(tmp_path / "two-labels")
 

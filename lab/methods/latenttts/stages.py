@@ -145,11 +145,13 @@ def pools(folder: Path) -> dict[str, Pool]:
     return {Sampler.check(**pool.facts["sampler"]).label: pool for pool in found}
 
 
-def curve_rows(found: dict[str, Pool], reward: RewardModel | None, ns: Sequence[int] = ()) -> tuple[list[dict], dict[str, Scores]]:
+def curve_rows(
+    found: dict[str, Pool], reward: RewardModel | None, ns: Sequence[int] = (), processes: int = 1
+) -> tuple[list[dict], dict[str, Scores]]:
     """Rows of all samplers' curves, with a column `sampler`, and every sample's score where there is a reward model."""
     rows, scores = [], {}
     for name, pool in found.items():
-        scores[name] = None if reward is None else scored(pool, reward.score)
+        scores[name] = None if reward is None else scored(pool, reward, processes)
         rows += [{"sampler": name, **row} for row in curves(pool, ns, scores[name])]
     return rows, scores
 
