@@ -20,6 +20,7 @@ _WHERE = {
     "pruning": "counts",
     "thought_map": "maps",
     "thoughts_against_gold_steps": "counts",
+    "token_strip": "strips",
     "accuracy_against_cost": "comparison",
     "method_comparison": "comparison",
     "redraw": "again",

@@ -20,6 +20,7 @@ def iteration_histogram(ax: Axes, table: pd.DataFrame, xlabel: str = "passes", y
         if len(groups) <= 2:
             ax.bar_label(drawn, [f"{share:.1%}" for share in part["share"]], padding=1.5, fontsize="small")
     ax.set(xlabel=xlabel, ylabel=ylabel, xticks=sorted(table["iterations"].unique()))
+    ax.set_xlim(table["iterations"].min() - 0.6, table["iterations"].max() + 0.6)
     ax.grid(False, axis="x")
     ax.margins(y=0.15)
     percent(ax)
@@ -49,6 +50,7 @@ def thoughts_against_gold_steps(ax: Axes, table: pd.DataFrame) -> None:
         s=160 * table["share"] * (ax.xaxis.label.get_fontsize() / 7.5) ** 2,
         color=colour,
         alpha=0.55,
+        label="questions (area: share)",
     )
     weighted = table.assign(part=table["thoughts"] * table["share"]).groupby("gold_steps").agg(part=("part", "sum"), share=("share", "sum"))
     ax.plot(weighted.index, weighted["part"] / weighted["share"], color=palette.HUES["vermillion"], marker="_", label="mean thoughts")

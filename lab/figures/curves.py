@@ -7,6 +7,8 @@ from matplotlib.axes import Axes
 from lab.figures.style import GREY, INK, bars, figure, label, legend, percent, spread
 from lab.view import palette
 
+DASHES = ("-", "--", ":", "-.")
+
 
 @figure("passes", "mean", "policy")
 def accuracy_against_passes(ax: Axes, table: pd.DataFrame) -> None:
@@ -36,12 +38,14 @@ def accuracy_against_passes(ax: Axes, table: pd.DataFrame) -> None:
 def learning_curves(ax: Axes, table: pd.DataFrame, ylabel: str = "loss", log: bool = False) -> None:
     """Curves with intervals over seeds; stretches that were rolled back (`discarded`) in grey.
 
-    table: step, arm, mean, and low, high, discarded where there are any.
+    table: step, arm, mean, and low, high, discarded where there are any. Arms named `arm: part` share the arm's colour, a dash a part.
     """
     lost = table["discarded"].fillna(False).astype(bool) if "discarded" in table else pd.Series(False, index=table.index)
-    shown = palette.looks(table["arm"])
+    owners, parts = (list(dict.fromkeys(name.partition(": ")[place] for name in table["arm"])) for place in (0, 2))
+    shown = palette.looks(owners)
     for name, part in table[~lost].groupby("arm", sort=False):
-        spread(ax, part, "step", *shown[name], label(name), band=True)
+        owner, _, piece = name.partition(": ")
+        spread(ax, part, "step", *shown[owner], label(name), band=True, dash=DASHES[parts.index(piece) % len(DASHES)])
     _discarded(ax, table[lost], "mean")
     ax.set(xlabel="step", ylabel=ylabel, yscale="log" if log else "linear")
     legend(ax)
@@ -81,9 +85,7 @@ def loss_components(ax: Axes, table: pd.DataFrame, log: bool = True) -> None:
     lost = table["discarded"].fillna(False).astype(bool) if "discarded" in table else pd.Series(False, index=table.index)
     for place, (name, part) in enumerate(table[~lost].groupby("component", sort=False)):
         part = pd.concat(_parts(part))
-        ax.plot(
-            part["step"], part["value"], color=palette.series(place)[0], linestyle=("-", "--", ":", "-.")[place // 8 % 4], label=label(name)
-        )
+        ax.plot(part["step"], part["value"], color=palette.series(place)[0], linestyle=DASHES[place // 8 % 4], label=label(name))
     _discarded(ax, table[lost], "value")
     ax.set(xlabel="step", ylabel="loss", yscale="log" if log and (table["value"].dropna() > 0).all() else "linear")
     legend(ax)

@@ -3,7 +3,7 @@
 import pandas as pd
 from matplotlib.axes import Axes
 
-from lab.figures.style import GREY, INK, figure, legend
+from lab.figures.style import GREY, INK, below, figure
 from lab.view import palette
 
 
@@ -18,8 +18,10 @@ def thought_map(ax: Axes, table: pd.DataFrame) -> None:
     for place, (step, part) in enumerate(table.groupby("step")):
         colour, marker = palette.series(place)
         right = part["correct"].astype(bool)
-        ax.scatter(part["x"][right], part["y"][right], 14, color=colour, marker=marker, label=f"thought {step}", zorder=3)
+        ax.scatter(part["x"][right], part["y"][right], 14, color=colour, marker=marker, zorder=3)
+        ax.plot([], [], marker, color=colour, label=f"thought {step}")
         ax.scatter(part["x"][~right], part["y"][~right], 14, facecolor="white", edgecolor=colour, marker=marker, zorder=2)
     ax.set(xlabel="first direction", ylabel="second direction")
-    ax.annotate("filled: right answer", (0.02, 0.02), xycoords="axes fraction", color=INK)
-    legend(ax)
+    for name, fill in (("right answer", INK), ("wrong answer", "white")):
+        ax.plot([], [], "o", markerfacecolor=fill, markeredgecolor=INK, label=name)
+    below(ax, *ax.get_legend_handles_labels())

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from lab.errors import DataError, unknown
 from lab.view import palette
 
 SIZES = {"column": (3.35, 2.45), "wide": (6.9, 2.9), "slide": (10.0, 5.6)}  # inches
-FONT = {"column": 7.5, "wide": 8.0, "slide": 15.0}
+FONT = {"column": 8.0, "wide": 8.0, "slide": 15.0}
+MOST_INSIDE = 5  # entries of a legend that find room in the axes
 INK, SOFT, LINE = (palette.THEMES["light"][name] for name in ("ink", "soft", "line"))
 GREY = palette.HUES["grey"]
 
@@ -137,10 +138,10 @@ def label(name: Any) -> str:
     return palette.TITLES.get(name, str(name).replace("_", " ")).replace("$", r"\$")
 
 
-def spread(ax: Axes, part: pd.DataFrame, x: str, colour: str, marker: str, name: str, band: bool = False) -> None:
+def spread(ax: Axes, part: pd.DataFrame, x: str, colour: str, marker: str, name: str, band: bool = False, dash: str = "-") -> None:
     """The `mean` of a series over `x` with its interval (columns low, high where present) as a band or as bars."""
     part = part.sort_values(x)
-    ax.plot(part[x], part["mean"], color=colour, marker=None if band and len(part) > 1 else marker, label=name, zorder=3)
+    ax.plot(part[x], part["mean"], color=colour, marker=None if band and len(part) > 1 else marker, linestyle=dash, label=name, zorder=3)
     if not {"low", "high"} <= set(part.columns):
         return
     if band:
@@ -162,7 +163,18 @@ def percent(ax: Axes, axis: str = "y") -> None:
 
 
 def legend(ax: Axes, **options: Any) -> None:
-    """A legend where there is more than one entry; beside the axes where there are too many to stand inside."""
-    entries = len(ax.get_legend_handles_labels()[1])
-    if entries > 1:
-        ax.legend(**options, **({"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if entries > 5 else {}))
+    """A legend where there is more than one entry; below the axes, of a figure so much taller, where there are too many to stand inside."""
+    handles, names = ax.get_legend_handles_labels()
+    if len(names) > MOST_INSIDE:
+        below(ax, handles, names)
+    elif len(names) > 1:
+        ax.legend(**options)
+
+
+def below(ax: Axes, handles: Sequence[Any], names: Sequence[str]) -> None:
+    """A legend under the axes in as many columns as fit; the figure grows by its lines."""
+    picture, size = ax.figure, ax.xaxis.label.get_fontsize() / 72
+    most = max(1, int(picture.get_figwidth() / (size * (0.55 * max(map(len, names)) + 3.5))))
+    lines = -(-len(names) // most)
+    picture.legend(handles, names, loc="outside lower center", ncols=-(-len(names) // lines), columnspacing=1.2)
+    picture.set_figheight(picture.get_figheight() + 1.5 * size * lines)
