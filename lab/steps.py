@@ -154,15 +154,17 @@ class Step:
         write_json(self.folder / "tables" / f"{name}.json", records)
 
     def save_figure(self, fig: Any, name: str, table: Any) -> Path:
-        """Keeps a figure as figures/<name>.svg, .png and .pdf with the numbers it drew (`table`) beside it as .csv; returns the SVG's path.
+        """Keeps a figure as figures/<name>.svg, .png and .pdf with the numbers it drew beside it as .csv; returns the SVG's path.
 
-        What `lab.figures` drew can be drawn again from this folder at another size: `lab figures`.
+        What `lab.figures` drew can be drawn again from this folder at another size (`lab figures`) and brings its numbers along; those of
+        another figure are `table`.
         """
         import pandas as pd
 
         from lab import figures
 
-        folder = self.folder / "figures"
+        folder, own = self.folder / "figures", getattr(fig, "table", None)
+        table = table if own is None else own
         with writing(folder):
             figures.save(fig, table if isinstance(table, pd.DataFrame) else pd.DataFrame(_records(table)), folder, name)
         if source := getattr(fig, "source", None):

@@ -25,9 +25,10 @@ GREY = palette.HUES["grey"]
 
 
 class Picture(Figure):
-    """A matplotlib figure that shows itself in a notebook without pyplot; `source` says how to draw it again from its table."""
+    """A matplotlib figure that shows itself in a notebook without pyplot; `source` says how to draw it again from `table`."""
 
     source: dict[str, Any] | None = None
+    table: pd.DataFrame | None = None
 
     def _repr_png_(self) -> bytes:
         with mpl.rc_context(rules("column")):
@@ -96,7 +97,7 @@ def figure(*needed: str) -> Callable[[Callable[..., None]], Callable[..., Pictur
                 FigureCanvasAgg(picture)
                 draw(picture.add_subplot(), _plain(table), **options)
             if not any(isinstance(value, pd.DataFrame) for value in options.values()):
-                picture.source = {"figure": draw.__name__, "options": options}
+                picture.source, picture.table = {"figure": draw.__name__, "options": options}, table
             return picture
 
         return drawn
