@@ -119,7 +119,7 @@ class RLSettings(Common):
     schedule: Schedule = "cosine"
     beta: float = Field(0.0, ge=0)  # weight of the divergence from the reference
     epsilon: float = Field(0.2, gt=0)
-    loss_type: Literal["bnpo", "grpo", "dr_grpo", "dapo"] = "bnpo"
+    loss_type: Literal["dapo", "bnpo", "grpo", "dr_grpo"] = "dapo"  # mean over a step's acts; bnpo: over a micro-batch's
     scale_rewards: Literal["group", "batch", "none"] = "group"
     dropout: bool = False  # in the update; the rollout has none, so the gap will show it
     largest_gap: float = Field(1e-2, ge=0)  # stop training where the log-probabilities differ by more; 0 = only log it

@@ -87,7 +87,7 @@ def adaptive_rl(folder, **changes):
     thinking.hold_reference()
     writer = Writer(model.tokenizer, model.config)
     prompts = [writer.prompt(example.question) for example in toy.examples(8, 1)]
-    reinforce(model, thinking, prompts, {}, {varied: 1.0}, rl(longest=10, beta=1e-2, loss_type="grpo", **changes), folder)
+    reinforce(model, thinking, prompts, {}, {varied: 1.0}, rl(longest=10, beta=1e-2, **changes), folder)
     return model
 
 
@@ -239,7 +239,7 @@ def dtt_rl(folder, **changes):
     rewards = rewards_of(model.tokenizer, model.config, RewardSettings(gate_penalty_coeff=0.3))
     prompts, answers = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [10, 11]], ["w1", "w2", "w3", "w4"]
     thinking = GatedThinking(model, GateLearning(weight=0.3))
-    settings = rl(longest=8, loss_type="grpo", **changes)
+    settings = rl(longest=8, **changes)
     reinforce(model, thinking, prompts, {"answer": answers}, rewards, settings, folder, trainer_class=CustomGRPOTrainer)
     return model
 

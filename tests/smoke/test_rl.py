@@ -147,9 +147,9 @@ def test_training_logs_a_gap_of_rounding_only_and_moves_the_filter(model, tmp_pa
     assert any("recurrent_filter" in name for name in moved) and any("stop_embed" in name for name in moved)
 
 
-@pytest.mark.parametrize("loss_type", ["bnpo", "grpo"])
-def test_the_loss_is_the_one_named(model, tmp_path, loss_type):
-    """On-policy the ratio is 1: the loss is minus the mean advantage, over tokens (bnpo) or rows (grpo); forced ids do not count."""
+@pytest.mark.parametrize(("loss_type", "micro"), [("dapo", 0), ("dapo", 2), ("bnpo", 0), ("grpo", 0), ("grpo", 2)])
+def test_the_loss_is_the_one_named(model, tmp_path, loss_type, micro):
+    """On-policy the ratio is 1: the loss is minus the mean advantage, over acts (dapo, bnpo) or rows (grpo); forced ids do not count."""
     seen = []
 
     class Seen(AdaptiveThinking):
@@ -158,19 +158,19 @@ def test_the_loss_is_the_one_named(model, tmp_path, loss_type):
             return seen[-1]
 
     rows, thinking = [], Seen(model, most=1)
-    settings = SETTINGS.but(steps=1, beta=0.0, save_every=0, loss_type=loss_type)
+    settings = SETTINGS.but(steps=1, beta=0.0, save_every=0, loss_type=loss_type, micro_batch=micro)
     reinforce(model, thinking, prompts_of(model), {}, {fewer: 1.0}, settings, tmp_path, lambda **row: rows.append(row))
     reward = -torch.tensor(seen[0].extras["thoughts"], dtype=torch.float).view(2, 4)
     advantage = ((reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)).flatten()
     own = torch.tensor([float(sum(row)) for row in seen[0].own])
     assert any(not all(row) for row in seen[0].own)  # some STOP was forced
-    wanted = -(advantage * own).sum() / own.sum() if loss_type == "bnpo" else -advantage.mean()
+    wanted = -advantage.mean() if loss_type == "grpo" else -(advantage * own).sum() / own.sum()
     assert rows[0]["loss"] == pytest.approx(float(wanted), abs=1e-5)
 
 
 def test_micro_batches_give_the_same_update(model, tmp_path):
     other = lora_model()
-    settings = SETTINGS.but(steps=1, loss_type="dapo", eps=1.0, save_every=0)  # a large eps: the step is smooth in the gradient
+    settings = SETTINGS.but(steps=1, eps=1.0, save_every=0)  # a large eps: the step is smooth in the gradient
     before = learned(model)
     train(model, tmp_path / "a", settings)
     train(other, tmp_path / "b", settings.but(micro_batch=2))
