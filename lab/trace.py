@@ -10,7 +10,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
+from lab.columns import COERCE, absent, coerced, guess, pack, unpack
 from lab.errors import DataError
 
 FORMAT, VERSION = "lab-trace", 1
@@ -168,13 +169,13 @@ def _checked(name: str, table: pd.DataFrame) -> pd.DataFrame:
     columns = {}
     for column, kind in SCHEMA[name].items():
         if column in table:
-            columns[column] = _coerced(f"{name}.{column}", table[column].tolist(), kind)
+            columns[column] = coerced(f"{name}.{column}", table[column].tolist(), kind)
         else:
-            columns[column] = _absent(f"{name}.{column}", kind, len(table), needed=column in KEYS[name] and column != "sample")
+            columns[column] = absent(f"{name}.{column}", kind, len(table), needed=column in KEYS[name] and column != "sample")
     for column in table:
         if column not in columns:
             values = table[column].tolist()
-            columns[str(column)] = _coerced(f"{name}.{column}", values, _guess(values))
+            columns[str(column)] = coerced(f"{name}.{column}", values, guess(values))
     checked = pd.DataFrame(columns)
     _check_values(name, checked)
     return checked
@@ -240,91 +241,6 @@ def _json_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
         raise DataError(f"A trace's meta holds plain JSON values only: {error}.") from None
 
 
-# -- columns ----------------------------------------------------------------------------------------------------------------
-
-
-def _guess(values: list[Any]) -> str:
-    for value in values:
-        if isinstance(value, str):
-            return "text"
-        if isinstance(value, list | tuple | np.ndarray) and len(value):
-            return "texts" if isinstance(value[0], str) else "floats"
-        if isinstance(value, bool | np.bool_):
-            return "bool"
-    return "floats" if any(isinstance(value, list | tuple | np.ndarray) for value in values) else "float"
-
-
-def _absent(place: str, kind: str, count: int, needed: bool) -> pd.Series:
-    if needed and count:
-        raise DataError(f"{place} is missing: every row needs it.")
-    values = [0] * count if place.endswith(".sample") else [None] * count
-    return _coerced(place, values, kind)
-
-
-def _coerced(place: str, values: list[Any], kind: str) -> pd.Series:
-    try:
-        return _COERCE[kind](values)
-    except (TypeError, ValueError) as error:
-        row = _first_bad(values, kind)
-        raise DataError(f"{place}, row {row}: {values[row]!r} is not {_MEANING[kind]} ({error}).") from None
-
-
-def _first_bad(values: list[Any], kind: str) -> int:
-    for row, value in enumerate(values):
-        try:
-            _COERCE[kind]([value])
-        except (TypeError, ValueError):
-            return row
-    return 0
-
-
-def _undefined(value: Any) -> bool:
-    return value is None or value is pd.NA or (isinstance(value, float) and value != value)
-
-
-def _key(values: list[Any]) -> pd.Series:
-    if any(_undefined(value) or isinstance(value, list) for value in values):
-        raise ValueError("a question is named by a number or a string")
-    if all(isinstance(value, int | np.integer) and not isinstance(value, bool) for value in values):
-        return pd.Series(values, dtype=np.int64)
-    names = _text(values)
-    "".join(names).encode()  # a name that is no Unicode text (UnicodeEncodeError is a ValueError) could not be sorted or grouped
-    return names
-
-
-def _int(values: list[Any]) -> pd.Series:
-    whole = [-1 if _undefined(value) else int(value) for value in values]
-    if any(not _undefined(value) and value != number for value, number in zip(values, whole, strict=True)):
-        raise ValueError("whole numbers only")
-    return pd.Series(whole, dtype=np.int64)
-
-
-def _float(values: list[Any]) -> pd.Series:
-    if any(isinstance(value, str) for value in values):
-        raise ValueError("text where a number belongs")
-    return pd.Series([np.nan if _undefined(value) else float(value) for value in values], dtype=np.float64)
-
-
-def _bool(values: list[Any]) -> pd.Series:
-    return pd.Series([pd.NA if _undefined(value) else value for value in values], dtype="boolean")
-
-
-def _text(values: list[Any]) -> pd.Series:
-    return pd.Series(["" if _undefined(value) else str(value) for value in values], dtype=object)
-
-
-def _lists(values: list[Any], convert: Any) -> pd.Series:
-    if any(isinstance(value, str | bytes) for value in values):
-        raise ValueError("a list belongs here")
-    return pd.Series([[] if _undefined(value) else [convert(item) for item in value] for value in values], dtype=object)
-
-
-_COERCE = {"key": _key, "int": _int, "float": _float, "bool": _bool, "text": _text}
-_COERCE |= {"texts": lambda values: _lists(values, str), "floats": lambda values: _lists(values, float)}
-_MEANING = {"key": "a question", "int": "a whole number", "float": "a number", "bool": "true or false", "text": "a text"}
-_MEANING |= {"texts": "a list of texts", "floats": "a list of numbers"}
-
-
 # -- disk: every column becomes plain arrays of the smallest exact type ------------------------------------------------------
 
 
@@ -334,7 +250,7 @@ def _pack_trace(trace: Trace) -> dict[str, np.ndarray]:
         table = getattr(trace, name)
         tables[name] = {column: _kind(name, column, table[column]) for column in table}
         for column, kind in tables[name].items():
-            arrays |= _pack(f"{name}/{column}", kind, table[column].tolist())
+            arrays |= pack(f"{name}/{column}", kind, table[column].tolist())
     header = {"format": FORMAT, "version": VERSION, "method": trace.method, "meta": trace.meta, "tables": tables}
     return {"header": np.frombuffer(json.dumps(header).encode(), np.uint8)} | arrays
 
@@ -342,35 +258,8 @@ def _pack_trace(trace: Trace) -> dict[str, np.ndarray]:
 def _kind(table: str, column: str, values: pd.Series) -> str:
     kind = SCHEMA[table].get(column, "")
     if kind == "key" or not kind:
-        return {"i": "int", "f": "float", "b": "bool"}.get(values.dtype.kind) or _guess(values.tolist() or [""])
+        return {"i": "int", "f": "float", "b": "bool"}.get(values.dtype.kind) or guess(values.tolist() or [""])
     return kind
-
-
-def _pack(place: str, kind: str, values: list[Any]) -> dict[str, np.ndarray]:
-    if kind in ("texts", "floats"):
-        flat = [item for value in values for item in value]
-        return {f"{place}#count": _small(map(len, values))} | _pack(place, kind[:-1], flat)
-    if kind == "text":
-        index: dict[str, int] = {}
-        codes = _small(index.setdefault(value, len(index)) for value in values)
-        encoded = [text.encode("utf-8", "surrogatepass") for text in index]
-        return {place: codes, f"{place}#length": _small(map(len, encoded)), f"{place}#bytes": np.frombuffer(b"".join(encoded), np.uint8)}
-    if kind == "bool":
-        return {place: np.array([-1 if value is pd.NA else int(value) for value in values], np.int8)}
-    return {place: _small_float(values) if kind == "float" else _small(values)}
-
-
-def _small(values: Iterable[int]) -> np.ndarray:
-    whole = np.fromiter(values, np.int64)
-    low, high = (int(whole.min()), int(whole.max())) if whole.size else (0, 0)
-    return whole.astype(np.promote_types(np.min_scalar_type(min(low, -1)), np.min_scalar_type(max(high, 0))))
-
-
-def _small_float(values: list[float]) -> np.ndarray:
-    exact = np.array(values, np.float64)
-    with np.errstate(over="ignore"):
-        half = exact.astype(np.float32)
-    return half if np.array_equal(half.astype(np.float64), exact, equal_nan=True) else exact
 
 
 def _check_header(path: Path, header: Any) -> None:
@@ -383,27 +272,7 @@ def _check_header(path: Path, header: Any) -> None:
 def _unpack_table(name: str, columns: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> pd.DataFrame:
     if name not in SCHEMA:
         raise ValueError(f"unknown table {name!r}")
-    data = {column: _COERCE[kind](_unpack(f"{name}/{column}", kind, arrays)) for column, kind in columns.items()}
+    data = {column: COERCE[kind](unpack(f"{name}/{column}", kind, arrays)) for column, kind in columns.items()}
     if len({len(values) for values in data.values()}) > 1:
         raise ValueError(f"columns of {name} differ in length")
     return pd.DataFrame(data)
-
-
-def _unpack(place: str, kind: str, arrays: Mapping[str, np.ndarray]) -> list[Any]:
-    if kind in ("texts", "floats"):
-        return list(_split(_unpack(place, kind[:-1], arrays), arrays[f"{place}#count"]))
-    if kind == "text":
-        texts = [
-            bytes(part).decode("utf-8", "surrogatepass") for part in _split(arrays[f"{place}#bytes"].tobytes(), arrays[f"{place}#length"])
-        ]
-        return [texts[code] for code in arrays[place].tolist()]
-    values = arrays[place].tolist()
-    return [None if value < 0 else bool(value) for value in values] if kind == "bool" else values
-
-
-def _split(flat: Sequence[Any], counts: np.ndarray) -> Iterator[Sequence[Any]]:
-    ends = np.cumsum(counts.astype(np.int64))
-    if (counts < 0).any() or (ends[-1] if ends.size else 0) != len(flat):
-        raise ValueError("a list column does not add up")
-    for end, count in zip(ends.tolist(), counts.tolist(), strict=True):
-        yield flat[end - count : end]
