@@ -10,6 +10,11 @@ from lab.files import read_json
 from lab.runs import open_run
 
 
+def read(path: Path) -> pd.DataFrame:
+    """The numbers beside a picture; a token or a name "NA" stays a text, and only what is empty is undefined."""
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+
+
 def redraw(folders: Iterable[Path], out: Path, size: str = "column") -> list[Path]:
     """Writes every figure that `lab.figures` drew in the runs as <run>-<step>-<name>.{pdf,svg,png,csv} into `out`; returns the paths.
 
@@ -19,7 +24,7 @@ def redraw(folders: Iterable[Path], out: Path, size: str = "column") -> list[Pat
     for folder in folders:
         for record in open_run(folder).steps():
             for path in record.files("figures", "*.json"):
-                source, table = read_json(path), pd.read_csv(path.with_suffix(".csv"))
+                source, table = read_json(path), read(path.with_suffix(".csv"))
                 picture = getattr(figures, source["figure"])(table, size=size, **source["options"])
                 written += figures.save(picture, table, out, f"{record.folder.parent.name}-{record.name}-{path.stem}")
     return written

@@ -10,6 +10,7 @@ import pandas as pd
 from lab import figures
 from lab.config import Settings
 from lab.errors import RunError, SettingsError
+from lab.figures.again import read
 from lab.files import read_json
 from lab.papers import load_yaml
 from lab.provenance import home, outputs
@@ -51,7 +52,7 @@ def make(card: Card, out: Path) -> list[Path]:
     if card.view:
         return [photograph(_file(records[-1], "views", f"{card.view}.html"), out / f"{name}.png")]
     source = read_json(_file(records[-1], "figures", f"{card.figure}.json"))
-    tables = [pd.read_csv(_file(record, "figures", f"{card.figure}.csv")) for record in records]
+    tables = [read(_file(record, "figures", f"{card.figure}.csv")) for record in records]
     table = over_seeds(tables, card.by) if len(tables) > 1 and card.by else tables[-1]
     paths = figures.save(getattr(figures, source["figure"])(table, size=card.size, **source["options"]), table, out, name)
     return sorted(paths, key=lambda path: path.suffix == ".png")

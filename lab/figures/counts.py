@@ -12,7 +12,7 @@ from lab.view.base import plain
 @figure("iterations", "share")
 def iteration_histogram(ax: Axes, table: pd.DataFrame, xlabel: str = "passes", ylabel: str = "tokens") -> None:
     """Share of tokens by passes, side by side for each `group` (split, run, span) where there is such a column; one or two with numbers."""
-    groups = list(table.groupby("group", sort=False)) if "group" in table else [("", table)]
+    groups = list(table.groupby(table["group"].astype(object).fillna(""), sort=False)) if "group" in table else [("", table)]
     width, shown = 0.8 / len(groups), palette.looks(name for name, _ in groups)
     for place, (name, part) in enumerate(groups):
         x = part["iterations"] + (place - (len(groups) - 1) / 2) * width

@@ -11,7 +11,7 @@ import pytest
 
 from lab import figures, papers, provenance, runs, steps
 from lab.errors import DataError, SettingsError
-from lab.figures import cards
+from lab.figures import again, cards
 
 PARAMETERS = {"count": 1, "data": "", "pause_s": 0.0, "more": False, "fail": False}
 CURVE = pd.DataFrame(
@@ -95,6 +95,15 @@ def test_a_missing_column_and_an_empty_table_are_named(name):
             getattr(figures, name)(TABLES[name].drop(columns=column))
     with pytest.raises(DataError, match="empty table"):
         getattr(figures, name)(TABLES[name].head(0))
+
+
+def test_what_a_csv_makes_of_names_is_drawn_all_the_same(tmp_path):
+    everywhere = pd.DataFrame({"group": ["", ""], "iterations": [1, 2], "share": [0.9, 0.1]})
+    words = pd.DataFrame({"text": ["NA", "null", "7"], "tokens": [3, 2, 1], "hard_share": [1.0, 0.5, 0.1]})
+    for name, table in {"iteration_histogram": everywhere, "hard_tokens": words}.items():
+        *_, path = figures.save(getattr(figures, name)(table), table, tmp_path, name)
+        drawn = getattr(figures, name)(again.read(path))
+        assert texts(drawn) == texts(getattr(figures, name)(table)), name
 
 
 def test_sizes_and_names_are_checked():
