@@ -27,13 +27,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from lab import errors, files
-from lab.errors import DeviceError, LabError, SettingsError
+from lab import errors, files, kernels, memory
+from lab.errors import DeviceError, LabError, OutOfMemory, SettingsError
 
 Value = TypeVar("Value")
 
 _ASKED, _RESULT, _ERROR = "asked.pt", "result.pt", "error.json"
 _ROW = "\x1erow "  # begins a line that is a row for the parent's `on_row`, not text to show
+_TORCHRUN = "from lab.kernels import end_with_parent; end_with_parent(15); from torch.distributed.run import main; main()"
+_KILLED = "Signal 9 (SIGKILL)"  # how torchrun tells of it
 
 
 def world_size() -> int:
@@ -87,7 +89,8 @@ def launch(
         show: takes each line the processes write (default: standard output, which a notebook cell shows).
         on_row: gets what the processes give to `send_row`.
 
-    Raises the function's own LabError; DeviceError if devices or processes are missing or one died. An interrupt stops all of them.
+    Raises the function's own LabError; DeviceError if devices or processes are missing or one died (OutOfMemory if it was ended for want
+    of memory). An interrupt stops all of them, as does the end of this process.
     """
     nodes, address = nodes or machines(), address or os.environ.get("LAB_ADDRESS", "")
     if processes * nodes == 1:
@@ -95,9 +98,12 @@ def launch(
     check_devices(processes)
     with tempfile.TemporaryDirectory(prefix="lab-launch-") as folder:
         _save((processes * nodes, function, arguments), Path(folder) / _ASKED)
-        command = [*_torchrun(processes, nodes, 0, address), folder]
-        code = _stream(command, _sorter(show or _write, on_row))
-        return _outcome(Path(folder), code)
+        lines, kills = _Lines(show or _write, on_row), memory.kills()
+        code = _stream([*_torchrun(processes, nodes, 0, address), folder], lines)
+        if lines.killed and memory.kills() > kills:
+            raise OutOfMemory(f"A process of the launch was {memory.why_killed(kills)}.")
+        how = f"was {memory.why_killed(kills)}" if lines.killed else f"died (exit status {code}); its last lines say why"
+        return _outcome(Path(folder), code, how)
 
 
 def send_row(row: dict[str, Any]) -> None:
@@ -154,7 +160,7 @@ def machines() -> int:
 
 
 def _torchrun(processes: int, nodes: int, node_rank: int, address: str) -> list[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    command = [sys.executable, "-c", _TORCHRUN, f"--nproc-per-node={processes}"]
     if nodes == 1:
         return [*command, "--standalone", "-m", "lab.launch"]
     host, _, port = address.rpartition(":")
@@ -181,14 +187,18 @@ def _read(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=False, pickle_module=dill)
 
 
-def _sorter(show: Callable[[str], Any], on_row: Callable[[dict[str, Any]], Any] | None) -> Callable[[str], Any]:
-    def line(text: str) -> None:
-        if not text.startswith(_ROW):
-            show(text)
-        elif on_row is not None:
-            on_row(json.loads(text[len(_ROW) :]))
+class _Lines:
+    """Sorts what the processes write: text goes to `show`, rows to `on_row`; notes whether one of them was `killed`."""
 
-    return line
+    def __init__(self, show: Callable[[str], Any], on_row: Callable[[dict[str, Any]], Any] | None) -> None:
+        self.show, self.on_row, self.killed = show, on_row, False
+
+    def __call__(self, text: str) -> None:
+        if not text.startswith(_ROW):
+            self.killed |= _KILLED in text
+            self.show(text)
+        elif self.on_row is not None:
+            self.on_row(json.loads(text[len(_ROW) :]))
 
 
 def _stream(command: list[str], show: Callable[[str], Any]) -> int:
@@ -228,12 +238,12 @@ def _write(line: str) -> None:
     sys.stdout.flush()
 
 
-def _outcome(folder: Path, code: int) -> Any:
+def _outcome(folder: Path, code: int, how: str) -> Any:
     if (folder / _ERROR).exists():
         error = files.read_json(folder / _ERROR)
         raise getattr(errors, error["kind"], LabError)(error["message"])
     if code:
-        raise DeviceError(f"A process of the launch died (exit status {code}) and the others were stopped; its last lines say why.")
+        raise DeviceError(f"A process of the launch {how}. The others were stopped.")
     return _read(folder / _RESULT)
 
 
@@ -296,6 +306,7 @@ def _main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
     asked = parser.parse_args()
     if "TORCHELASTIC_RUN_ID" in os.environ:
+        kernels.end_with_parent(signal.SIGKILL)
         _work(asked.folder)
         _leave()
     if not asked.address:

@@ -19,7 +19,7 @@ def _count(path: Path) -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
 
 
-def why_killed(before: int, gib: float) -> str:
+def why_killed(before: int, gib: float = 0.0) -> str:
     """Of a process that ended by SIGKILL, holding `gib` (0: not known): who did it, by the counter now and `before`, and what to do."""
     held = f", when it held {gib:.1f} GiB" if gib else ""
     if kills() > before:
