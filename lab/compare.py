@@ -178,7 +178,7 @@ def _records(folder: Path) -> dict[str, dict[str, Any]]:
 def _measured(answers: list[dict[str, Any]], prompted: int) -> dict[str, Any]:
     accuracy = proportion_interval(sum(answer["is_correct"] for answer in answers), len(answers))
     passes, written, seconds = (fmean(answer[name] for answer in answers) for name in ("passes", "output_tokens", "processing_time"))
-    spread = {"accuracy": accuracy.mean, "low": accuracy.low, "high": accuracy.high, "questions": accuracy.n}
+    spread = accuracy.named("accuracy") | {"questions": accuracy.n}
     return spread | {"thoughts": passes - written + prompted, "written": written, "passes": passes, "milliseconds": 1000 * seconds}
 
 

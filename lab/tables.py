@@ -3,7 +3,10 @@
 import html
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Row = dict[str, Any]
 SEED = "seed"
@@ -95,6 +98,14 @@ def number_text(value: Any) -> str:
     if value != 0 and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.2e}"
     return f"{value:.3f}"
+
+
+def shown(rows: Iterable[Mapping[str, Any]]) -> "pd.DataFrame":
+    """Rows of single measurements as a notebook shows them: text, <measure>_low and <measure>_high in the cell of their measure."""
+    import pandas as pd
+
+    cells = [_with_limits({name: _cell([value]) for name, value in row.items()}) for row in rows]
+    return pd.DataFrame([{name.replace("_", " "): cell_text(cell) for name, cell in row.items()} for row in cells])
 
 
 def columns(rows: list[Row]) -> list[str]:

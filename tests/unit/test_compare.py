@@ -30,7 +30,7 @@ def test_the_table_is_read_back_from_the_folder(tmp_path):
     answered(tmp_path, "softcot", [True] * 10, passes=7, written=7, prompted=3, arm="softcot")
     first, second = compare.table(tmp_path)
     assert (first["method"], first["accuracy"], first["thoughts"], first["written"], first["passes"]) == ("codi", 0.9, 3, 5, 8)
-    assert first["low"] == pytest.approx(0.596, abs=1e-3) and first["milliseconds"] == 2 and first["tokens"] == 100
+    assert first["accuracy_low"] == pytest.approx(0.596, abs=1e-3) and first["milliseconds"] == 2 and first["tokens"] == 100
     assert second["method"] == "softcot" and second["thoughts"] == 3
 
 

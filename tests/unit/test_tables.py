@@ -2,7 +2,7 @@
 
 import pytest
 
-from lab.tables import arms, cell_text, rows_of, table_text
+from lab.tables import arms, cell_text, rows_of, shown, table_text
 
 
 def test_nested_headlines_name_arms():
@@ -30,6 +30,11 @@ def test_limits_of_its_own_belong_to_a_single_run():
     (one,), (two,) = rows_of([({"seed": "0"}, told)]), rows_of([({"seed": "0"}, told), ({"seed": "1"}, told)])
     assert cell_text(one["accuracy"]) == "0.500 [0.400, 0.600]" and list(one) == list(two) == ["step", "arm", "accuracy", "passes"]
     assert cell_text(two["accuracy"]) == "0.500 ± 0.000 (2)"
+
+
+def test_a_notebook_shows_limits_in_the_cell_of_their_measure():
+    row = {"method": "tah", "accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6, "other_share": float("nan"), "steps": 3}
+    assert shown([row]).to_dict("records") == [{"method": "tah", "accuracy": "0.500 [0.400, 0.600]", "other share": "–", "steps": "3"}]
 
 
 def test_words_and_undefined_numbers():
