@@ -56,12 +56,11 @@ class Adaptive(Policy):
         """(R,) bool; a tie goes on, as the smaller id wins in the official argmax."""
         choice = self.thinker.decide(rows.h).float()
         logs = torch.log_softmax(choice / (self.temperature or 1.0), -1)
-        greedy = self.temperature == 0
-        stop = choice[:, 1] > choice[:, 0] if greedy else rows.draws.uniform(rows.thoughts, Stream.STOP) < logs[:, 1].exp()
+        place, greedy = rows.thoughts + rows.closed, self.temperature == 0
+        stop = choice[:, 1] > choice[:, 0] if greedy else rows.draws.uniform(place, Stream.STOP) < logs[:, 1].exp()
         if self.count is not None:
             count = self.count if isinstance(self.count, int) else self.count[rows.index]
             stop = torch.where(rows.closed == 0, rows.thoughts >= count, stop)
-        place = rows.thoughts + rows.closed
         rows.note("stop_prob", logs[:, 1].exp(), place)
         rows.note("stop", stop.float(), place)
         rows.note("decision", torch.where(stop, logs[:, 1], logs[:, 0]), place)
@@ -160,13 +159,18 @@ def _prompt(writer: Writer, question: Any, prefix: str | None) -> list[int]:
 
 def official_ids(row: Any, model: AdaptiveModel) -> list[int]:
     """The ids the official code would have said for a response of `generate(compat=True)`: decisions and tokens in their order."""
-    s, ids, at = model.config, [], 0
-    stops, before = row.channels["stop"], [int(n) for n in row.channels.get("decided", []) if n == n]
-    for token, decided in zip(row.ids, before, strict=False):  # the end token is decided about too, but not kept
-        ids += [s.stop if stop else s.go_on for stop in stops[at:decided]]
-        ids.append(token)
-        at = decided
-    return ids + [s.stop if stop else s.go_on for stop in stops[at:] if stop == stop]
+    s, before = model.config, row.channels.get("decided", [])
+    decided = [s.stop if stop else s.go_on for stop in row.channels["stop"] if stop == stop]
+    return in_order(row.ids, before[: len(row.ids)], decided)  # the end token is decided about too, but not kept
+
+
+def in_order(said: Sequence[Any], before: Sequence[float], decided: Sequence[Any]) -> list[Any]:
+    """What belongs to tokens and what belongs to decisions in one row; `before` is how many decisions precede each token."""
+    row, at = [], 0
+    for one, count in zip(said, map(int, before), strict=True):
+        row += [*decided[at:count], one]
+        at = count
+    return row + list(decided[at:])
 
 
 def warning(model: AdaptiveModel, thoughts: int | None = None) -> str:

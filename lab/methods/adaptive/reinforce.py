@@ -25,8 +25,8 @@ from lab.latent.tree import rollout_tree, unroll_tree
 from lab.latent.unroll import Block
 from lab.methods.adaptive.config import COLON, CONTINUE, MARKER, START, STOP
 from lab.methods.adaptive.data import first_number
-from lab.methods.adaptive.model import AdaptiveModel, Thinker
-from lab.methods.adaptive.policy import Adaptive
+from lab.methods.adaptive.model import AdaptiveModel, Thinker, read_ids, scores
+from lab.methods.adaptive.policy import Adaptive, in_order
 from lab.training.acts import Acts, Completions, WithReference
 
 TOLERANCE = 1e-6
@@ -155,14 +155,15 @@ class AdaptiveThinking(WithReference):
     Args:
         most: thoughts at which a row is stopped; that STOP is not the policy's own and is left out of the update.
         share: one chain of thoughts for all samples of a prompt; False runs each by itself (the same results).
+        compat: the official completions, which nothing but `longest` ends: unused ids may be said, START begins another thought.
     """
 
-    def __init__(self, model: AdaptiveModel, most: int, share: bool = True):
+    def __init__(self, model: AdaptiveModel, most: int, share: bool = True, compat: bool = False):
         if not model.config.latent:
             raise SettingsError("A text model makes no thoughts whose number could be learned; start from a latent one.")
         if most < 1:
             raise SettingsError(f"most = {most}: at least one thought must be allowed.")
-        self.model, self.most, self.share = model, most, share
+        self.model, self.most, self.share, self.compat = model, most, share and not compat, compat
         self._bare = False  # the reference is the backbone without its adapters
 
     @property
@@ -188,15 +189,31 @@ class AdaptiveThinking(WithReference):
 
     def act(self, prompts: list[list[int]], samples: int, draws: Keyed, *, temperature: float, longest: int) -> Acts:
         """Completions of the prompts; see `lab.training.acts.Thinking`."""
-        most = min(self.most, longest - 2)
+        most = longest if self.compat else min(self.most, longest - 2)
         if most < 1:
             raise SettingsError(f"longest = {longest}: a completion needs room for a thought, STOP and an answer.")
         self.model.eval()
         thinker, eos = self.model.thinker, self.model.tokenizer.eos_token_id
-        policy = Adaptive(thinker, [eos], sampling=Sampling(temperature=temperature))
+        policy = Adaptive(thinker, [eos], sampling=Sampling(temperature=temperature), multi=self.compat)
         run, prompt = rollout_tree if self.share else rollout, Prompt.of_ids(thinker, prompts)
-        done = run(thinker, policy, prompt, samples, draws, budget=Budget(thoughts=most, answer=longest - most - 1), keep=_KEPT)
-        return self._acts(done, eos)
+        budget, keep = Budget(thoughts=most, answer=longest if self.compat else longest - most - 1), _KEPT
+        done = run(thinker, policy, prompt, samples, draws, budget=budget, keep=(*keep, "stop", "decided") if self.compat else keep)
+        return self._official(done, eos, longest) if self.compat else self._acts(done, eos)
+
+    def _official(self, done: Rollout, eos: int, longest: int) -> Acts:
+        """Decisions and tokens in the order they came, cut after `longest`."""
+        s, out = self.model.config, Acts([], [], [], {"written": [], "thoughts": []})
+        decided, said, stops, before = (done.notes[name].tolist() for name in ("decision", "logprob", "stop", "decided"))
+        for row, (answer, cut) in enumerate(zip(done.answers(), done.finish.tolist(), strict=True)):
+            answer, kept = answer if cut else [*answer, eos], [stop for stop in stops[row] if stop == stop]
+            told = before[row][: len(answer)]
+            ids = in_order(answer, told, [s.stop if stop else s.go_on for stop in kept])[:longest]
+            out.ids.append(ids)
+            out.logprobs.append(in_order(said[row][: len(answer)], told, decided[row][: len(kept)])[:longest])
+            out.own.append([True] * len(ids))
+            out.extras["thoughts"].append(sum(i in (s.start, s.go_on, s.stop) for i in ids) - 1)  # the prompt's START is one of length_of
+            out.extras["written"].append(self.model.tokenizer.decode([i for i in ids if i != eos]))
+        return out
 
     def _acts(self, done: Rollout, eos: int) -> Acts:
         s, out = self.model.config, Acts([], [], [], {"written": [], "thoughts": []})
@@ -214,6 +231,8 @@ class AdaptiveThinking(WithReference):
 
     def log_probs(self, batch: Completions, temperature: float) -> tuple[Tensor, Tensor]:
         """(R, C) log-probabilities and entropies; see `lab.training.acts.Thinking`. Prompts that are the same are read once."""
+        if self.compat:
+            return self._official_log_probs(batch, temperature)
         thinker, s = self.thinker, self.model.config
         thoughts = ((batch.ids == s.go_on) & batch.mask.bool()).sum(1)
         prompts, group = torch.unique(torch.cat((batch.prompt, batch.prompt_mask), 1), dim=0, return_inverse=True)
@@ -222,6 +241,15 @@ class AdaptiveThinking(WithReference):
         prompt = Block(thinker.embed(ids), None if bool(mask.all()) else mask.bool())
         decided, read = unroll_tree(thinker, prompt, group, thoughts, after.block(thinker), thinker.feedback, thinker.closes)
         return self._assemble(batch, thoughts, decided, read, temperature)
+
+    def _official_log_probs(self, batch: Completions, temperature: float) -> tuple[Tensor, Tensor]:
+        """From one reading of the whole rows, every head's choices unmasked."""
+        ids, mask = torch.cat((batch.prompt, batch.ids), 1), torch.cat((batch.prompt_mask, batch.mask), 1)
+        states = read_ids(self.thinker, ids, mask).last[:, batch.prompt.shape[1] - 1 : -1]
+        logits = scores(self.thinker, ids[:, batch.prompt.shape[1] - 1 : -1], states).float()
+        logs = torch.log_softmax(logits / temperature, -1)
+        entropy = -(logs.exp() * logs.masked_fill(logs == -torch.inf, 0.0)).sum(-1)
+        return logs.gather(-1, batch.ids[..., None])[..., 0], entropy.detach()
 
     def _after(self, batch: Completions, thoughts: list[int]) -> Any:
         """END and the answer without its last token: what was read after the thoughts."""

@@ -206,6 +206,7 @@ def reinforce_length(
     most: int = 0,
     longest_prompt: int = 100,
     keep_negative: bool = False,
+    compat: bool = False,
     logger: Callable | None = None,
     validate: Callable[[Any], Mapping[str, float]] | None = None,
 ) -> TrainResult:
@@ -214,14 +215,15 @@ def reinforce_length(
     Args:
         most: thoughts at which a row is stopped; 0 = twice the largest count in training, as far as a completion has room.
         longest_prompt: longer prompts are left out. keep_negative: also problems with negative answers, which SFT leaves out.
+        compat: the official prompts, without "Question: ", and completions (see `AdaptiveThinking`).
     """
     writer = Writer(model.tokenizer, model.config)
     kept = [example for example in data if not unusable(example, Distil(mode="no cot", remove_negative=not keep_negative))]
-    asked = [(writer.prompt(example.question), example.answer) for example in kept]
+    asked = [(writer.prompt(example.question, prefix="" if compat else None), example.answer) for example in kept]
     asked = [(ids, answer) for ids, answer in asked if len(ids) <= longest_prompt]
     if not asked:
         raise SettingsError(f"No prompt has at most {longest_prompt} tokens and a numeric answer.")
-    thinking = AdaptiveThinking(model, most or min(model.config.cap, max(1, settings.longest // 2)))
+    thinking = AdaptiveThinking(model, most or min(model.config.cap, max(1, settings.longest // 2)), compat=compat)
     thinking.hold_reference()
     columns = {"label": [answer for _, answer in asked], "prompt_id": list(range(len(asked)))}
     prompts = [ids for ids, _ in asked]
