@@ -36,10 +36,12 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: numbers of numpy and torch unwrapped, paths as text, undefined floats as "nan", "inf", "-inf"."""
+    """`value` as JSON can hold it: numbers of numpy and torch unwrapped, paths as text, sets in order, undefined floats as "nan", "inf"."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, set | frozenset):
+        return sorted(map(plain, value), key=json.dumps)
+    if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if value is None or isinstance(value, str | bool | int):
         return value

@@ -97,6 +97,7 @@ def test_numbers_of_numpy_and_torch_become_plain():
 
     given = {"a": numpy.float32(0.5), "b": torch.tensor([1, 2]), 3: {None}, "c": numpy.int64(4), "d": torch.tensor(True)}
     assert files.plain(given) == {"a": 0.5, "b": [1, 2], "3": [None], "c": 4, "d": True}
+    assert files.plain({"c", 2, "a", None, "b"}) == ["a", "b", "c", 2, None], "in the same order in every process"
 
 
 def test_the_digest_of_a_folder_sees_names_and_content(tmp_path):
