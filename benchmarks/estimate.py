@@ -22,6 +22,7 @@ from torch import nn
 
 from lab import estimate
 from lab.estimate import Training
+from lab.training import probe
 
 
 def case(arch, hidden, layers, rows, tokens, micro=0, vocab=4096, **more):
@@ -101,7 +102,7 @@ def resident(name):
 
 def child(number, steps):
     torch.set_num_threads(1)
-    estimate.time, t = SimpleNamespace(perf_counter=time.process_time), CASES[number]
+    probe.time, t = SimpleNamespace(perf_counter=time.process_time), CASES[number]
     stamps(replace(t, backbone="toy:qwen3-micro", shape={}, rows=2, tokens=16, micro=0), 2)  # imports
     before = resident("VmRSS")
     times = stamps(t, steps)
@@ -126,7 +127,7 @@ def feedback_steps():
     for made in (feedback.coconut_step("mid", 1), feedback.codi_step("mid", 1)):
         list(made)
     for name, t, ours in zip(("COCONUT", "CODI"), (plain, replace(plain, passes=1.5)), found, strict=True):
-        yield name, estimate._seconds(t) - estimate._update() * estimate.counts(t)[1], estimate._fastest(ours)
+        yield name, estimate._seconds(t) - probe.update_seconds() * estimate.counts(t)[1], probe.fastest(ours)
 
 
 def main():
@@ -147,7 +148,7 @@ def main():
             pairs = ((r["seconds a step"], r["seconds"]), (r["all GiB"], r["held GiB"]))
             print(f"| {name_of(t)} | " + " | ".join(f"{a:.3g} / {b:.3g} | {a / b:.2f}" for a, b in pairs) + " |", flush=True)
     torch.set_num_threads(1)
-    estimate.time = SimpleNamespace(perf_counter=time.process_time)
+    probe.time = SimpleNamespace(perf_counter=time.process_time)
     for name, told, measured in () if asked.only else feedback_steps():
         print(f"| {name} passes, gpt2-mid, 16 x 93 | {told:.3g} / {measured:.3g} | {told / measured:.2f} | | |", flush=True)
 

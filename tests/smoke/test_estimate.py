@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from lab import cli, estimate, papers
-from lab.estimate import Training, activations, counts, row
+from lab.estimate import Training, counts, row
 from lab.models.backbones import load_backbone
 from lab.train import TrainSettings, fit
+from lab.training import probe
+from lab.training.probe import activations
 
 torch.set_num_threads(1)
 SHAPE = {"vocab_size": 300, "layers": 3, "hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 2}
@@ -67,7 +69,7 @@ def test_what_is_frozen_shared_or_halved_takes_less():
 def test_a_frozen_backbone_keeps_less_and_is_gone_through_faster(monkeypatch):
     from dataclasses import replace
 
-    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=time.process_time))  # another process may be at work
+    monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=time.process_time))  # another process may be at work
     told = row(replace(TINY, frozen=True, parts=lambda config: torch.nn.Linear(8, 8)))
     assert told["learning"] == 72 and told["activations GiB"] < 0.9 * row(TINY, measure=False)["activations GiB"]
     body = replace(TINY, shape={"vocab_size": 300, "layers": 2, "hidden": 256})
