@@ -9,6 +9,7 @@ from lab import files
 from lab.errors import CheckpointError
 from lab.stability import Detector, Guard, Recovery, Ring
 from lab.stability.guarded import Guarded, load_learned, train_guarded
+from lab.train import TrainSettings
 
 torch.set_num_threads(1)
 GUARD = Guard(history=40, enough=10, spike_count=4, spike_window=8, margin=5, region=50)
@@ -109,3 +110,18 @@ def test_weights_of_another_model_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(CheckpointError, match="Cannot read .*weights.safetensors"):
         load_learned(Model(), path)
+
+
+def test_trainings_with_a_teacher_that_learns_are_judged_by_their_cross_entropies(tmp_path, monkeypatch):
+    from lab.methods.adaptive import stages, toy
+    from lab.methods.adaptive.config import Distil
+    from lab.methods.codi import train as codi
+
+    given, how = [], TrainSettings(steps=1, device="cpu")
+    for module in (stages, codi):
+        monkeypatch.setattr(module, "fit", lambda model, rows, batch_of, loss, settings, *_, **__: given.append(settings.guard.level_on))
+    stages.train_sft(stages.start_model("toy", {}, {}, 0), toy.examples(4, 0), Distil(mode="cot"), how, tmp_path)
+    codi.train(None, [], how, tmp_path)
+    codi.train(None, [], how, tmp_path, arm="cot")
+    codi.train(None, [], how.but(guard=how.guard.but(level_on=["distill"])), tmp_path)
+    assert given == [["teacher_ce", "student_ce"], ["ce", "ref_ce"], ["loss"], ["distill"]]
