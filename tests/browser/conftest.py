@@ -9,6 +9,7 @@ import pytest
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync"]
+PATIENCE_MS = 180_000
 WAYS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -20,7 +21,7 @@ def chromium():
     if path is None:
         pytest.skip("no Chromium on PATH: apt-get install -y chromium (or brew install --cask chromium)")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS, timeout=PATIENCE_MS)
         yield browser
         browser.close()
 
@@ -57,6 +58,7 @@ def tab(chromium, tmp_path, request):
         context = chromium.new_context(
             color_scheme=theme, viewport={"width": width, "height": 800}, offline=offline, java_script_enabled=script
         )
+        context.set_default_timeout(PATIENCE_MS)
         contexts.append(context)
         tabs.append(Tab(context, folder))
         return tabs[-1]

@@ -70,7 +70,7 @@ def jupyter(notebook, tmp_path, monkeypatch):
             server.kill()
 
 
-def _wait_for(address, server, log, seconds=90):
+def _wait_for(address, server, log, seconds=300):
     for _ in range(seconds * 2):
         assert server.poll() is None, log.read_text()
         try:
@@ -83,16 +83,17 @@ def _wait_for(address, server, log, seconds=90):
 
 def run_all(page):
     """Run All Cells by its menu; again if a kernel that was still starting swallowed it."""
-    page.locator(".jp-Notebook").wait_for(timeout=60_000)
+    page.locator(".jp-Notebook").wait_for(timeout=180_000)
     prompt = page.locator(".jp-CodeCell .jp-InputArea-prompt").first
     for _ in range(6):
-        page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=60_000)
+        page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(timeout=120_000)
         page.locator(".jp-CodeCell .cm-content").first.click()
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        page.wait_for_timeout(2_000)
-        if prompt.inner_text().strip() not in ("[ ]:", ""):
-            return
+        for _ in range(100):  # a second Run All on top of one that is only slow would draw everything twice
+            if prompt.inner_text().strip() not in ("[ ]:", ""):
+                return
+            page.wait_for_timeout(200)
     raise AssertionError(f"the cell did not run: {prompt.inner_text()!r}")
 
 
@@ -111,7 +112,7 @@ def test_the_explorer_lives_in_jupyterlab(tab, jupyter):
     one.page.goto(jupyter)
     run_all(one.page)
     note = one.page.locator(".jp-OutputArea .note")
-    note.wait_for(timeout=90_000)
+    note.wait_for(timeout=180_000)
     assert note.inner_text() == "At threshold 0.60: 1.300 passes a token (recorded: 1.300)."
     one.shot("jupyter-light")
 
@@ -119,21 +120,21 @@ def test_the_explorer_lives_in_jupyterlab(tab, jupyter):
     handle.focus()
     for _ in range(30):
         handle.press("ArrowLeft")
-    one.page.get_by_text("At threshold 0.30").wait_for(timeout=20_000)
+    one.page.get_by_text("At threshold 0.30").wait_for(timeout=120_000)
     assert "1.600 passes a token" in note.inner_text()
     number = one.page.locator(".jp-OutputArea .t sub").nth(5)
     assert number.evaluate("element => getComputedStyle(element, '::before').content") == '"2"'
 
     one.page.get_by_role("button", name="continue probability").click()
-    one.page.wait_for_function("document.querySelector('.jp-OutputArea .t sub').dataset.c0 === '0.00'", timeout=20_000)
+    one.page.wait_for_function("document.querySelector('.jp-OutputArea .t sub').dataset.c0 === '0.00'", timeout=120_000)
     assert number.evaluate("element => getComputedStyle(element, '::before').content") == '"0.50"'
     one.page.locator(".jp-OutputArea .t").nth(2).focus()
     one.page.keyboard.press("ArrowRight")
     assert one.page.evaluate("document.activeElement.getAttribute('aria-label')").startswith('" w3"')
 
     one.page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
-    one.page.locator("body[data-jp-theme-light=false]").wait_for(state="attached", timeout=30_000)
-    one.page.locator("#jupyterlab-splash").wait_for(state="detached", timeout=30_000)
+    one.page.locator("body[data-jp-theme-light=false]").wait_for(state="attached", timeout=120_000)
+    one.page.locator("#jupyterlab-splash").wait_for(state="detached", timeout=120_000)
     ground = one.page.locator(".jp-OutputArea .lab-view").evaluate("element => getComputedStyle(element).backgroundColor")
     one.shot("jupyter-dark")
     assert ground == "rgb(17, 17, 17)"
@@ -152,16 +153,16 @@ def test_a_watched_training_is_still_there_when_one_comes_back(tab, jupyter, not
     one = tab(width=1200, offline=False)
     one.page.goto(jupyter.replace(notebook.name, watched.name))
     run_all(one.page)
-    one.page.get_by_text("at step 1, 1 lines logged").wait_for(timeout=90_000)
+    one.page.get_by_text("at step 1, 1 lines logged").wait_for(timeout=180_000)
     log(2)
-    one.page.get_by_text("at step 2, 2 lines logged").wait_for(timeout=20_000)
+    one.page.get_by_text("at step 2, 2 lines logged").wait_for(timeout=120_000)
     save(one.page, watched)
     one.page.goto("about:blank")
     log(3)
     one.page.goto(jupyter.replace(notebook.name, watched.name))
-    one.page.get_by_text("at step 3, 3 lines logged").wait_for(timeout=60_000)
+    one.page.get_by_text("at step 3, 3 lines logged").wait_for(timeout=180_000)
     log(4)
-    one.page.get_by_text("at step 4, 4 lines logged").wait_for(timeout=20_000)
+    one.page.get_by_text("at step 4, 4 lines logged").wait_for(timeout=120_000)
     one.shot("jupyter-watched")
 
 
@@ -175,7 +176,7 @@ def reopened(tab, jupyter, notebook, monkeypatch, tmp_path):
         notebooks.execute(notebook, notebook.parent / "done.ipynb", {})
         one = tab(width=1200, offline=False)
         one.page.goto(jupyter.replace(notebook.name, "done.ipynb"))
-        one.page.locator(".jp-OutputArea .note").wait_for(timeout=60_000)
+        one.page.locator(".jp-OutputArea .note").wait_for(timeout=180_000)
         return one
 
     return opened
@@ -222,17 +223,17 @@ def test_the_tour_lives_in_jupyterlab(tab, jupyter, notebook, tour):
     one = tab(width=1300, offline=False)
     one.page.goto(jupyter.replace(notebook.name, "tour.ipynb"))
     run_all(one.page)
-    one.page.locator(".jp-OutputArea .lab-view").nth(3).wait_for(state="attached", timeout=400_000)
+    one.page.locator(".jp-OutputArea .lab-view").nth(3).wait_for(state="attached", timeout=1_200_000)
     note, handles = one.page.locator(".jp-OutputArea .note").first, one.page.locator(".noUi-handle")
     for key, says in (("Home", "At threshold 0.00: 2.000 passes a token"), ("End", "At threshold 1.00: 1.000 passes a token")):
         handles.first.focus()
         handles.first.press(key)
-        one.page.get_by_text(says).first.wait_for(timeout=30_000)
+        one.page.get_by_text(says).first.wait_for(timeout=120_000)
         assert note.inner_text().startswith(says)
     one.shot("tour-passes")
 
     one.page.get_by_role("button", name="continue probability").first.click()
-    one.page.wait_for_function("document.querySelector('.jp-OutputArea .t sub').dataset.c0.includes('.')", timeout=30_000)
+    one.page.wait_for_function("document.querySelector('.jp-OutputArea .t sub').dataset.c0.includes('.')", timeout=120_000)
     one.page.locator(".jp-OutputArea .t").nth(2).focus()
     start = one.page.evaluate("document.activeElement.getAttribute('aria-label')")
     one.page.keyboard.press("ArrowRight")
@@ -243,7 +244,7 @@ def test_the_tour_lives_in_jupyterlab(tab, jupyter, notebook, tour):
     handles.nth(1).focus()
     handles.nth(1).press("Home")
     one.page.wait_for_function(
-        "text => document.querySelectorAll('.jp-OutputArea .lab-view')[1].innerText.length < text.length", arg=whole, timeout=30_000
+        "text => document.querySelectorAll('.jp-OutputArea .lab-view')[1].innerText.length < text.length", arg=whole, timeout=120_000
     )
     handles.nth(1).scroll_into_view_if_needed()
     one.shot("tour-thoughts")

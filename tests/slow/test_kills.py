@@ -35,12 +35,12 @@ def command(call):
 
 
 def run_to_the_end(call):
-    subprocess.run(command(call), check=True, timeout=900)  # seconds, unless the machine is very busy
+    subprocess.run(command(call), check=True, timeout=2000)  # seconds, unless the machine is very busy
 
 
 def kill_at(call, path, lines):
     """Starts `call`, which is killed once `path` has so many lines, wherever it then is."""
-    done = subprocess.run(command(f"t.die_at({str(path)!r}, {lines}); {call}"), timeout=900)
+    done = subprocess.run(command(f"t.die_at({str(path)!r}, {lines}); {call}"), timeout=2000)
     assert done.returncode == -signal.SIGKILL
 
 
@@ -124,7 +124,7 @@ def kill_somewhere(process, folder, draw):
     for pid in draw.choice([[process.pid], kernel or [process.pid], [process.pid, *kernel]]):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    assert process.wait(120) in (-signal.SIGKILL, 1, 0), process.stderr.read()
+    assert process.wait(300) in (-signal.SIGKILL, 1, 0), process.stderr.read()
     return phase, process.returncode == 0  # a kernel may have been killed when it had done its work
 
 
@@ -148,7 +148,7 @@ def test_a_pipeline_killed_at_twenty_random_moments(tmp_path, record_property, m
     before, slower = "", 1.0
     with kernels.server():
         began = time.monotonic()
-        assert start_pipeline(tmp_path / "whole").wait(600) == 0
+        assert start_pipeline(tmp_path / "whole").wait(1500) == 0
         took = time.monotonic() - began
         while sum(phases.values()) < KILLS:
             process, ended = start_pipeline(done[-1]), True
@@ -160,7 +160,7 @@ def test_a_pipeline_killed_at_twenty_random_moments(tmp_path, record_property, m
                 slower, before = slower * 1.3 if phase == before else 1.0, phase  # for a machine that has become slower meanwhile
             if ended:
                 done.append(tmp_path / str(len(done)))
-        assert start_pipeline(done[-1]).wait(600) == 0
+        assert start_pipeline(done[-1]).wait(1500) == 0
     wanted = what_came_out(tmp_path / "whole")
     for folder in done:
         came = what_came_out(folder)

@@ -14,7 +14,8 @@ from lab.train import TrainSettings
 
 TERMS = [(i, i + 1) for i in range(8)]
 SUMS = [Example(str(a), f"{a}+{b}+{a}?", (f"<<{a}+{b}={a + b}>>", f"<<{a + b}+{a}={a + b + a}>>"), str(a + b + a)) for a, b in TERMS]
-COMMON = {"lr": 1e-3, "save_every": 0, "log_every": 1, "schedule": "constant", "device": "cpu"}
+# eps: with its default, Adam makes whole steps of what is nothing but rounding, as the gradient of a key's bias is
+COMMON = {"eps": 1e-5, "lr": 1e-3, "save_every": 0, "log_every": 1, "schedule": "constant", "device": "cpu"}
 SMALL = {**COMMON, "steps": 3, "global_batch": 8, "micro_batch": 2}
 RL = {**COMMON, "steps": 2, "prompts": 4, "samples": 4, "micro_batch": 4}
 
