@@ -9,8 +9,9 @@ from lab.methods.tah import toy
 from lab.methods.tah.config import DeciderLossSettings, TahConfig
 from lab.methods.tah.data import build_example, collate
 from lab.methods.tah.features import Features, collect, probabilities, threshold_for_rate
-from lab.methods.tah.model import TahModel, force_one
+from lab.methods.tah.model import TahModel
 from lab.methods.tah.objective import Decisions, decider_loss
+from lab.methods.tah.passes import force_one
 from lab.methods.tah.score import Point, calibrate, differences, score_tokens, sweep_thresholds
 from lab.methods.tah.training import build_arm, choose_threshold, train_model, train_step2, with_mlp
 from lab.models.backbones import load_backbone

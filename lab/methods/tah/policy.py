@@ -16,7 +16,8 @@ from lab.latent.record import Response, Responses
 from lab.latent.sampling import Sampling
 from lab.methods.tah.config import AlwaysSettings, OracleSettings
 from lab.methods.tah.deciders import AlwaysDecider, Decider, NeverDecider, OracleDecider, Seen
-from lab.methods.tah.model import Batch, TahModel
+from lab.methods.tah.model import TahModel
+from lab.methods.tah.passes import Batch
 from lab.methods.tah.reference import Reference
 from lab.models.inference import inference
 from lab.models.tokenizers import stop_ids
