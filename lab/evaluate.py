@@ -6,7 +6,6 @@ the column names of TaH's evaluation (tah.md 6.4) and ours beside them.
 
 import csv
 import io
-import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,8 +23,6 @@ from lab.errors import DataError, RunError, SettingsError, unknown
 from lab.latent.sampling import Sampling
 from lab.progress import Progress
 from lab.stats import Interval, mean_interval, proportion_interval
-
-log = logging.getLogger(__name__)
 
 SAMPLES, FACTS = "samples.jsonl", "evaluation.json"
 SHARD = "part-{}.jsonl"  # what one of several processes has answered

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import logging
 import os
 import shlex
 import sys
@@ -20,7 +19,6 @@ from lab.progress import Display, clock, display
 from lab.records import fingerprint
 from lab.tables import number_text
 
-log = logging.getLogger(__name__)
 REPORT = "report.html"
 PROGRESS = ".progress.json"  # where a kernel writes the state of its loop
 

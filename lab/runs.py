@@ -10,7 +10,6 @@
 A step's `step.json` is the truth about that step; the manifest's list of steps is rebuilt from these files.
 """
 
-import logging
 import os
 import shutil
 import time
@@ -23,8 +22,6 @@ from lab import provenance
 from lab.errors import BusyError, RunError
 from lab.files import lock, make_folder, read_json, write_json, write_text, writing
 from lab.records import STEP, StepRecord, finished_steps
-
-log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 

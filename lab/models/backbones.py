@@ -3,7 +3,6 @@
 Toys are ordinary transformers models (GPT-2, Llama, Qwen2, Qwen3) of ten thousand to a few million parameters, built from a seed.
 """
 
-import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ from lab.hub import local_only
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ARCHS = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}

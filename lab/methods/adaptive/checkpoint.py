@@ -4,7 +4,6 @@ Merged releases (`Lapisbird/…`): a Llama config with the method's settings in 
 plain checkpoint. Training checkpoints: a peft adapter over the base named in `model_creation_config.json`.
 """
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,6 @@ from lab.models.backbones import load_backbone, new_backbone
 from lab.models.latent_model import new_folder, tokenizer_of
 from lab.models.layouts import FolderFiles, Layout
 from lab.models.loading import State, load_exact, read_json, read_state
-
-log = logging.getLogger(__name__)
 
 MODEL = AdaptiveModel
 CREATION, ADAPTER, ADAPTER_CONFIG = "model_creation_config.json", "adapter_model.safetensors", "adapter_config.json"

@@ -1,6 +1,5 @@
 """Supervised training of CoLaR: one compression factor a batch, drawn uniformly (`colar.md` 2.2, 2.3)."""
 
-import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,8 +15,6 @@ from lab.methods.colar.data import ColarBatch, ColarRow, collate, encode
 from lab.methods.colar.model import ColarModel
 from lab.methods.colar.objective import loss
 from lab.train import TrainResult, TrainSettings, fit
-
-log = logging.getLogger(__name__)
 
 
 def prepare(examples: Iterable[Example], model: ColarModel, max_tokens: int = 1024) -> Kept[ColarRow]:

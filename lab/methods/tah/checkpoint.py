@@ -1,6 +1,5 @@
 """The official directory of Think-at-Hard, read without running code and written back in the same layout (spec section 5)."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from lab.models.latent_model import new_folder, tokenizer_of
 from lab.models.layouts import FolderFiles, Layout
 from lab.models.loading import load_exact, read_json, read_state, read_torch
 from lab.models.tokenizers import stop_ids
-
-log = logging.getLogger(__name__)
 
 CONFIG, DECIDER, ADAPTER = "tah_config.json", "iter_decider.bin", "lora"
 

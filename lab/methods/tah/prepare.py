@@ -1,6 +1,5 @@
 """What training needs before it starts: a backbone, a model that labels, rows of tokens; made from a world, a benchmark or files."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +19,6 @@ from lab.models.backbones import load_backbone
 from lab.models.latent_model import LatentModel
 from lab.models.layouts import load
 from lab.models.tokenizers import load_tokenizer
-
-log = logging.getLogger(__name__)
 
 SOURCE, BACKBONE = "source.json", "backbone"
 SPLITS = ("train", "validation", "test")

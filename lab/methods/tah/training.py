@@ -1,6 +1,5 @@
 """The training stages: step 1 with labels, its controls, step 2 for the decider; each is one call that a notebook makes."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from lab.methods.tah.features import Features, collect, probabilities, threshold
 from lab.methods.tah.model import TahModel, freeze, standard
 from lab.methods.tah.score import Point, calibrate, score_tokens, sweep_thresholds
 from lab.train import TrainResult, TrainSettings, fit
-
-log = logging.getLogger(__name__)
 
 ARMS = ("tah", "sft", "always")
 
