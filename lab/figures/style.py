@@ -13,13 +13,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 
 from lab.errors import DataError, unknown
 from lab.view import palette
 
 SIZES = {"column": (3.35, 2.45), "wide": (6.9, 2.9), "slide": (10.0, 5.6)}  # inches
 FONT = {"column": 8.0, "wide": 8.0, "slide": 15.0}
-MOST_INSIDE = 5  # entries of a legend that find room in the axes
+MOST_INSIDE = 3  # entries of a legend that find room in the axes
 INK, SOFT, LINE = (palette.THEMES["light"][name] for name in ("ink", "soft", "line"))
 GREY = palette.HUES["grey"]
 
@@ -174,8 +175,8 @@ def legend(ax: Axes, **options: Any) -> None:
 
 def below(ax: Axes, handles: Sequence[Any], names: Sequence[str]) -> None:
     """A legend under the axes in as many columns as fit; the figure grows by its lines."""
-    picture, size = ax.figure, ax.xaxis.label.get_fontsize() / 72
-    most = max(1, int(picture.get_figwidth() / (size * (0.55 * max(map(len, names)) + 3.5))))
-    lines = -(-len(names) // most)
+    picture, size = ax.figure, mpl.rcParams["legend.fontsize"]
+    longest = max(TextPath((0, 0), name, size=size).get_extents().width for name in names)
+    lines = -(-len(names) // max(1, int((72 * picture.get_figwidth() - size) / (longest + 3.7 * size))))
     picture.legend(handles, names, loc="outside lower center", ncols=-(-len(names) // lines), columnspacing=1.2)
-    picture.set_figheight(picture.get_figheight() + 1.5 * size * lines)
+    picture.set_figheight(picture.get_figheight() + 1.6 * size * lines / 72)

@@ -153,17 +153,18 @@ def test_a_loss_that_begins_anew_is_not_joined_to_its_first_part():
     assert np.isnan(line.get_ydata()[2]) and line.get_ydata()[3] == 5.0
 
 
-def test_a_legend_of_many_stands_below_axes_that_keep_their_size():
-    table = pd.DataFrame([{"measure": f"m{index}", "n": n, "mean": index / 9} for index in range(7) for n in (1, 2)])
+@pytest.mark.parametrize("name", ["m", "a rather long name, ", "WWWWWWWWWW"])
+def test_a_legend_of_many_stands_below_axes_that_keep_their_size(name):
+    table = pd.DataFrame([{"measure": f"{name}{index}", "n": n, "mean": index / 9} for index in range(7) for n in (1, 2)])
     fig = figures.scaling(table)
     fig.canvas.draw()
     (axis,), (legend,) = fig.axes, fig.legends
     frame, box = axis.get_window_extent(), legend.get_window_extent()
     assert box.y1 <= frame.y0 and box.x0 >= 0 and box.x1 <= fig.bbox.x1
-    few = figures.scaling(table[table["measure"] < "m2"])
+    few = figures.scaling(table[table["measure"] < f"{name}2"])
     few.canvas.draw()
     assert frame.width > 0.95 * few.axes[0].get_window_extent().width and frame.height > 0.9 * few.axes[0].get_window_extent().height
-    assert [text.get_text() for text in legend.get_texts()] == [f"m{index}" for index in range(7)]
+    assert [text.get_text() for text in legend.get_texts()] == [f"{name}{index}" for index in range(7)]
 
 
 def test_parts_of_an_arm_share_its_colour_and_differ_in_dash():
