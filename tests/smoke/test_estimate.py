@@ -11,7 +11,7 @@ from lab import cli, estimate, papers
 from lab.estimate import Training, counts, row
 from lab.models.backbones import load_backbone
 from lab.train import TrainSettings, fit
-from lab.training import probe
+from lab.training import place, probe
 from lab.training.probe import activations
 
 torch.set_num_threads(1)
@@ -24,7 +24,14 @@ def collate(rows):
     return {"input_ids": ids, "labels": ids}
 
 
-def test_memory_is_what_a_training_holds_and_time_within_a_factor_of_five(tmp_path):
+@pytest.fixture
+def own_time(monkeypatch):
+    """Time counts where this process works: another may be at work."""
+    for module in (probe, place):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=time.process_time, monotonic=time.process_time))
+
+
+def test_memory_is_what_a_training_holds_and_time_within_a_factor_of_five(tmp_path, own_time):
     model, most = load_backbone("toy:llama", **SHAPE), []
 
     def loss(model, batch):
@@ -66,10 +73,9 @@ def test_what_is_frozen_shared_or_halved_takes_less():
     assert kept + 2 * 4 * 8 * 64 * 300 == plain["activations GiB"] * estimate.GIB
 
 
-def test_a_frozen_backbone_keeps_less_and_is_gone_through_faster(monkeypatch):
+def test_a_frozen_backbone_keeps_less_and_is_gone_through_faster(own_time):
     from dataclasses import replace
 
-    monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=time.process_time))  # another process may be at work
     told = row(replace(TINY, frozen=True, parts=lambda config: torch.nn.Linear(8, 8)))
     assert told["learning"] == 72 and told["activations GiB"] < 0.9 * row(TINY, measure=False)["activations GiB"]
     body = replace(TINY, shape={"vocab_size": 300, "layers": 2, "hidden": 256})
