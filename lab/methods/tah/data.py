@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lab.config import Settings
 from lab.errors import DataError, SettingsError
+from lab.latent.plan import IGNORE
 
 log = logging.getLogger(__name__)
 
-IGNORE = -100
 QUESTIONS, ANSWERS = ("problem", "question"), ("output", "solution", "generation", "answer")
 Row = dict[str, Any]
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lab.errors import DataError, SettingsError
+from lab.latent.plan import IGNORE
 from lab.methods.tah.config import DeciderLossSettings
 from lab.methods.tah.deciders import MLPDecider, Seen
 from lab.methods.tah.labels import length_groups, padded
 from lab.methods.tah.model import TahModel
-from lab.methods.tah.passes import IGNORE
 from lab.models.vocab import top_logits
 from lab.progress import Progress
 from lab.train import TrainResult, TrainSettings, fit

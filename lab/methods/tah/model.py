@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from lab.errors import SettingsError, unknown
 from lab.latent.edit import Editing
+from lab.latent.plan import IGNORE
 from lab.methods.tah.config import GENERATORS, TahConfig
 from lab.methods.tah.deciders import Decider, MLPDecider, Seen, build_decider
 from lab.methods.tah.objective import Decisions, decider_loss, normaliser, token_weights
-from lab.methods.tah.passes import IGNORE, Batch, Passes, TahOutput, force_one, pack
+from lab.methods.tah.passes import Batch, Passes, TahOutput, force_one, pack
 from lab.models.cache import duo_causal
 from lab.models.decoder import decoder_for
 from lab.models.latent_model import LatentModel

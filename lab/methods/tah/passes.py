@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lab.latent.plan import IGNORE
 from lab.methods.tah.objective import Decisions
 from lab.models.step import Out
-
-IGNORE = -100
 
 
 @dataclass

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from lab.errors import SettingsError
+from lab.latent.plan import IGNORE
 from lab.methods.tah.config import LabelSettings
 from lab.methods.tah.data import collate
 from lab.methods.tah.deciders import Decider, LabelDecider
 from lab.methods.tah.labels import length_groups
 from lab.methods.tah.model import TahModel
 from lab.methods.tah.objective import decision_quality
-from lab.methods.tah.passes import IGNORE
 from lab.methods.tah.policy import decider_for_policy
 from lab.models.vocab import token_statistics
 

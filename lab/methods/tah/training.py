@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from lab.errors import DataError, SettingsError, unknown
+from lab.latent.plan import IGNORE
 from lab.methods.tah.config import DeciderLossSettings, TahConfig
-from lab.methods.tah.data import IGNORE, Row, collate
+from lab.methods.tah.data import Row, collate
 from lab.methods.tah.features import Features, collect, probabilities, threshold_for_rate, train_decider
 from lab.methods.tah.model import TahModel, freeze, standard
 from lab.methods.tah.score import Point, calibrate, score_tokens, sweep_thresholds
