@@ -167,10 +167,15 @@ def _similarities(rows: pd.DataFrame) -> np.ndarray:
 
 
 def _measure(name: str, value: float) -> str:
-    return bar(value, "purple", number(value)) if name == "stop_prob" and value == value else number(value)
+    return bar(value, "purple", _share(value)) if name == "stop_prob" and value == value else number(value)
+
+
+def _share(value: float) -> str:
+    """A probability or a cosine in two decimals; what rounds to nothing is said to be less than the least they show."""
+    return "<0.01" if 0 < value < 0.005 else f"{value:.2f}"
 
 
 def _candidate(text: str, prob: float, gold: bool) -> str:
     sign = '<em aria-label="gold intermediate">✓</em>' if gold else ""
-    shown = f'{sign}<bdi class="w">{visible(text)}</bdi><small>{number(prob, 2)}</small>'
+    shown = f'{sign}<bdi class="w">{visible(text)}</bdi><small>{escape(_share(prob))}</small>'
     return f'<span class="cand{" gold" if gold else ""}" style="--x:{min(max(prob, 0), 1):.3f}">{shown}</span>'

@@ -173,6 +173,7 @@ def switcher(first: Channel, scales: list[Channel], content: str, tokens: pd.Dat
     rules = "".join(_rule(place) for place in range(len(scales)))
     legends = "".join(_legend(place, scale, tokens[scale.name], scale.name != first.name) for place, scale in enumerate(scales))
     single = " single" if len(scales) < 2 else ""
+    legends = f"<p>{escape(first.label)}</p>{legends}" if single else legends
     return (
         f'<style>{rules}</style><form method="dialog"><fieldset class="switch{single}"><legend>Colour by</legend>{picks}</fieldset>'
         f'<div class="legends">{legends}</div>{content}</form>'

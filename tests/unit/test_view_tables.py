@@ -51,6 +51,12 @@ def test_gold_is_marked_by_sign_and_counted_per_step():
     assert "9✓ 0.70" in drawn.text(color=False) and "\x1b" not in drawn.text(color=False)
 
 
+def test_probabilities_have_two_decimals_and_none_is_said_to_be_nothing():
+    trace = Trace.build("codi", thoughts=[{"question": 0, "step": 0, "stop_prob": 3e-7, "top_texts": ["a", "b"], "top_probs": [0.3, 1e-5]}])
+    page = view.thoughts(trace).html()
+    assert "<small>0.30</small>" in page and "<small>&lt;0.01</small>" in page and "<b>&lt;0.01</b>" in page
+
+
 def test_fewer_candidates_and_steps_are_shown_on_request():
     assert view.thoughts(thinking(), candidates=1).html().count('class="cand') == 3
     assert view.thoughts(thinking(), candidates=1).found()["any"].tolist() == [1, 0, 0]
@@ -136,7 +142,8 @@ def test_votes_totals_and_order():
     assert drawn.rows["votes"].tolist() == [2, 1, 2, 0] and drawn.rows["voted"].tolist() == [True, False, True, False]
     assert drawn.table()["sample"].tolist() == [3, 2, 1, 0]
     assert drawn.state() == (
-        "4 samples of 1 question: 2 correct (50.0%); of the questions, 1 of 1 (100.0%) right by majority vote, 1 of 1 (100.0%) with any sample right."
+        "4 samples of 1 question: 2 correct (50.0%); of the questions, 1 of 1 (100.0%) right by majority vote, "
+        "1 of 1 (100.0%) with any sample right."
     )
     with pytest.raises(SettingsError, match="Did you mean 'score'"):
         view.samples(answered(), "scores")

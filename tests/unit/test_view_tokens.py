@@ -246,3 +246,8 @@ def test_gates_follow_the_temperature():
         with_gates(trace, noisy=True)
     with pytest.raises(SettingsError, match="gate_logit"):
         with_gates(make(["a"], gate=[0.5]), 1.0)
+
+
+def test_a_channel_that_cannot_be_switched_is_named_all_the_same():
+    tokens = [{"question": 0, "pos": p, "text": "a", "role": "answer", "gate": p / 2} for p in range(3)]
+    assert "<p>gate</p>" in view.tokens(Trace.build("dtt", tokens=tokens)).html()

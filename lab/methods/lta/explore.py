@@ -1,5 +1,6 @@
 """What the notebooks look at: the thoughts of each model, how alike they are, and which tokens they are near."""
 
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +53,30 @@ def spread_rows(models: dict[str, ThoughtModel], asked: dict[str, list[Prompted]
 
 
 def thought_trace(model: ThoughtModel, rows: list[Prompted], k: int) -> Trace:
-    """A trace of the thoughts alone: norms and nearest tokens, so that the thoughts view can show them."""
+    """What the base reads, with the thoughts in their places, and of each thought norm and nearest tokens."""
     name = (lambda ids: " ".join(toy.WORLD.vocabulary[i] for i in ids)) if model.tokenizer is None else model.tokenizer.decode
-    samples, thoughts = [], []
+    samples, thoughts, tokens = [], [], []
     for number, row in enumerate(rows):
         made = make_all(model, [row])[0].detach().float()
         samples.append({"question": number, "sample": 0, "prompt": name([*row.row.prompt, *row.row.after]), "text": ""})
+        tokens += [{"question": number, "pos": pos, **read} for pos, read in enumerate(_read(model, row, made, name))]
         for place, near in enumerate(nearest_tokens(model, row, k)):
             top = {"top_texts": [text for text, _ in near], "top_probs": [value for _, value in near]}
-            thoughts.append({"question": number, "sample": 0, "step": place, "norm": float(made[place].norm()), **top})
-    return Trace.build(model.method, samples=samples, thoughts=thoughts)
+            known = {"norm": float(made[place].norm()), "vector": made[place].tolist()}
+            thoughts.append({"question": number, "sample": 0, "step": place, **known, **top})
+    return Trace.build(model.method, samples=samples, tokens=tokens, thoughts=thoughts)
+
+
+def _read(model: ThoughtModel, row: Prompted, made: torch.Tensor, name: Callable[[list[int]], str]) -> Iterator[dict[str, Any]]:
+    """What stands at each position, with the norm of the vector there: before the thoughts, the thoughts, after them."""
+    table, space = model.decoder.table.weight.detach().float(), " " * (model.tokenizer is None)
+
+    def words(ids: Sequence[int]) -> Iterator[dict[str, Any]]:
+        return ({"id": i, "text": name([i]) + space, "role": "prompt", "norm": float(table[i].norm())} for i in ids)
+
+    yield from words(row.row.prompt)
+    yield from ({"id": -1, "text": "", "role": "thought", "norm": float(vector.norm())} for vector in made)
+    yield from words(row.row.after)
 
 
 @torch.no_grad()
