@@ -216,9 +216,15 @@ def _common_values(s: BackboneSettings) -> dict[str, Any]:
     return dict(vocab_size=s.vocab_size, tie_word_embeddings=s.tied, initializer_range=s.initializer_range) | ids
 
 
+def grow(model: "PreTrainedModel", rows: int, multiple: int | None = None) -> None:
+    """Gives the embedding table `rows` rows, or up to a `multiple`, new ones drawn around the mean of the old, as transformers does."""
+    with _quiet():
+        model.resize_token_embeddings(rows, pad_to_multiple_of=multiple)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bar and loading report; what is wrong with the weights is our error to tell."""
+    """Without transformers' progress bar, loading report and notices; what is wrong with the weights is our error to tell."""
     from transformers.utils import logging as theirs
 
     level, shown = theirs.get_verbosity(), theirs.is_progress_bar_enabled()

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lab.errors import DataError, unknown
 from lab.methods.adaptive.config import TOKENS, AdaptiveSettings
+from lab.models.backbones import grow
 from lab.models.decoder import decoder_for
 from lab.models.latent_model import LatentModel
 from lab.models.peft_state import with_adapters
@@ -166,7 +167,7 @@ class AdaptiveModel(LatentModel):
         tokenizer.add_tokens(list(TOKENS), special_tokens=True)
         table = backbone.get_input_embeddings().weight
         if len(tokenizer) > table.shape[0]:
-            backbone.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=multiple)
+            grow(backbone, len(tokenizer), multiple)
         ids = dict(zip(("start", "end", "go_on", "stop"), tokenizer.convert_tokens_to_ids(list(TOKENS)), strict=True))
         rows = backbone.get_input_embeddings().weight.shape[0]
         backbone.config.vocab_size = rows

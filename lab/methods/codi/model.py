@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lab.methods.codi.config import CodiSettings, lora_targets
 from lab.methods.codi.data import question_text
+from lab.models.backbones import grow
 from lab.models.decoder import decoder_for
 from lab.models.latent_model import LatentModel
 from lab.models.peft_state import with_adapters
@@ -55,7 +56,7 @@ class CodiModel(LatentModel):
         """A model to train: three rows are added (pad, begin and end of thought), LoRA is wrapped around the backbone if asked for."""
         require(tokenizer, eos=True)
         rows = backbone.get_input_embeddings().weight.shape[0]
-        backbone.resize_token_embeddings(rows + 3)
+        grow(backbone, rows + 3)
         if tokenizer.pad_token_id is None:
             tokenizer.add_special_tokens({"pad_token": "[PAD]"})
         s = settings.but(pad_id=rows, bot_id=rows + 1, eot_id=rows + 2, eos_id=tokenizer.eos_token_id)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lab.errors import DataError
 from lab.methods.colar.config import SEPARATOR, ColarSettings
 from lab.methods.colar.data import question_text, speed_text
+from lab.models.backbones import grow
 from lab.models.decoder import decoder_for
 from lab.models.latent_model import LatentModel
 from lab.models.peft_state import with_adapters
@@ -61,7 +62,7 @@ class ColarModel(LatentModel):
         if tokenizer.pad_token_id is None:
             tokenizer.add_special_tokens({"pad_token": "[PAD]"})
         if len(tokenizer) > backbone.get_input_embeddings().weight.shape[0]:
-            backbone.resize_token_embeddings(len(tokenizer))
+            grow(backbone, len(tokenizer))
         std = settings.embeds_std or float(backbone.get_input_embeddings().weight.detach().float().std())
         ids = {"sep_id": separator_id(tokenizer), "pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
         s = settings.but(embeds_std=std, **ids)
