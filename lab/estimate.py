@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lab.errors import SettingsError
-from lab.training.probe import Key, activations, configured, free_memory, passed, update_seconds
+from lab.machine import free_memory
+from lab.training.probe import Key, activations, configured, passed, update_seconds
 
 Values = Mapping[str, Any]
 GIB = 1 << 30

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lab import provenance
+from lab import machine
 from lab.files import sketch_json
 
 log = logging.getLogger(__name__)
@@ -89,8 +89,8 @@ class Progress:
     def _report(self) -> None:
         if path := os.environ.get("LAB_PROGRESS"):
             state = {"label": self.label, "done": self.done, "total": self.total, "left_s": self.seconds_left, "note": self.note}
-            memory = provenance.peak_memory_mib()
-            device = " ".join(filter(None, [provenance.device_name(), os.environ.get("CUDA_VISIBLE_DEVICES")]))
+            memory = machine.peak_memory_mib()
+            device = " ".join(filter(None, [machine.device_name(), os.environ.get("CUDA_VISIBLE_DEVICES")]))
             here = {"device": device, "memory_mib": memory.get("device", memory["host"])}
             sketch_json(Path(path), {**state, **here})
 

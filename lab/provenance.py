@@ -1,7 +1,6 @@
 """Where a run comes from: repository, commit, packages, device, and the exact code a step imported."""
 
 import os
-import platform
 import subprocess
 import sys
 from importlib import metadata
@@ -17,6 +16,7 @@ _CARRIERS = (
     "errors",
     "files",
     "kernels",
+    "machine",
     "notebooks",
     "papers",
     "parameters",
@@ -74,31 +74,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "absent"
     return found
-
-
-def machine() -> dict[str, Any]:
-    """Python, platform, processors, and the accelerator as far as torch is loaded already (it is never imported for this)."""
-    return {"python": platform.python_version(), "platform": platform.platform(), "cpus": os.cpu_count(), "device": device_name()}
-
-
-def device_name() -> str:
-    """What computes here, in words: the CUDA device that torch sees, else the CPU."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return f"cuda ({torch.cuda.get_device_name()})"
-    return f"cpu ({os.cpu_count()} cores)"
-
-
-def peak_memory_mib() -> dict[str, float]:
-    """The most memory this process has held: resident, and on the accelerator if torch has used one."""
-    import resource
-
-    per_mib = 1024 if sys.platform == "linux" else 1 << 20
-    peak = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_mib, 1)}
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        peak["device"] = round(torch.cuda.max_memory_allocated() / (1 << 20), 1)
-    return peak
 
 
 def imported_code() -> dict[str, str]:

@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lab import provenance
+from lab import machine, provenance
 from lab.errors import BusyError, RunError
 from lab.files import lock, make_folder, read_json, write_json, write_text, writing
 from lab.records import STEP, StepRecord, finished_steps
@@ -92,7 +92,7 @@ class Run:
     def _write_new_manifest(self, paper: str, facts: dict[str, Any]) -> None:
         git = provenance.commit()
         about = {"format": 1, "run": self.folder.name, "paper": paper, "recipe": None, "created": now("seconds"), **facts}
-        here = {"git": git, "packages": provenance.versions(), "machine": provenance.machine()}
+        here = {"git": git, "packages": provenance.versions(), "machine": machine.facts()}
         write_json(self.folder / MANIFEST, {**about, **here, "data": {}, "steps": {}, "warnings": []})
         if git["dirty"]:
             write_text(self.folder / "uncommitted.diff", provenance.uncommitted())

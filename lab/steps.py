@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from lab import provenance
+from lab import machine, provenance
 from lab.errors import RunError, SettingsError, unknown
 from lab.files import append_line, file_digest, plain, read_json, write_json, write_text, writing
 from lab.records import METRICS, RESULTS, STEP, StepRecord, fingerprint
@@ -44,7 +44,7 @@ def begin(paper: str, step: str, run: str = "", parameters: dict[str, Any] | Non
     _open_steps.append(opened)
     _seed(parameters.get("seed"))
     taken_up = " (taken up where it stopped)" if opened.resumed else ""
-    show_line(f"{provenance.device_name()} · {_commit_text(opened.info['git'])} · {owner.folder}/{step}{taken_up}")
+    show_line(f"{machine.device_name()} · {_commit_text(opened.info['git'])} · {owner.folder}/{step}{taken_up}")
     return opened
 
 
@@ -109,7 +109,7 @@ class Step:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._seconds_before = earlier["seconds"]
         about = {"step": name, "parameters": plain(parameters), "notebook": spec.notebook, "fingerprint": mark, "token": None, "data": data}
-        origin = {"code": provenance.imported_code(), "git": provenance.commit(), "machine": provenance.machine()}
+        origin = {"code": provenance.imported_code(), "git": provenance.commit(), "machine": machine.facts()}
         state = {"status": "running", "started": now(), "finished": None, "peak_memory_mib": {}, "attempts": earlier["attempts"] + 1}
         self.info: dict[str, Any] = {**about, **origin, **state, "seconds": earlier["seconds"], "warnings": earlier["warnings"]}
         write_json(self.folder / STEP, self.info)
@@ -189,7 +189,7 @@ class Step:
             raise RunError(f"Step {self.name} has finished already; run the set-up cell again to do it anew.")
         write_json(self.folder / RESULTS, headline)
         done = {"status": "done", "finished": now(), "seconds": round(self.seconds, 2), "token": uuid.uuid4().hex}
-        self.info |= done | {"code": provenance.imported_code(), "peak_memory_mib": provenance.peak_memory_mib()}
+        self.info |= done | {"code": provenance.imported_code(), "peak_memory_mib": machine.peak_memory_mib()}
         self.info["files"] = self._files()
         write_json(self.folder / STEP, self.info)
         final = self.run.folder / self.name

@@ -3,7 +3,6 @@
 Both are found on one and on two layers of the shape and scaled to all.
 """
 
-import os
 import time
 from collections.abc import Callable
 from functools import cache
@@ -85,22 +84,6 @@ def _loss(model: Any, ids: Any, said: float = 1.0) -> Any:
     few = max(1, round(said * ids.shape[1]))
     logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=few).logits.float()
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, -few:].flatten(), reduction="sum")
-
-
-def free_memory() -> tuple[int, str]:
-    """(bytes free now, the device's name): of the GPU, or of this machine."""
-    import torch
-
-    from lab.provenance import device_name
-
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0], device_name()
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024, device_name()
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), device_name()
 
 
 # ---- time ----
