@@ -105,7 +105,8 @@ class Slurm:
             import submitit
         except ImportError:
             raise SettingsError("The Slurm engine needs submitit: pip install -e '.[slurm]'") from None
-        self.slots, self.needs, self._jobs, self._stopped = jobs, needs, [], False
+        self.slots, self.needs, self._jobs = jobs, needs, []
+        self._stopped, self._lock = False, threading.Lock()
         asked = {"gpus_per_node": needs.gpus, "cpus_per_task": needs.cpus, "mem_gb": needs.memory}
         minutes = {"timeout_min": math.ceil(needs.minutes) + 1} if needs.minutes else {}
         try:
@@ -136,23 +137,25 @@ class Slurm:
     def attempt(self, command: list[str]) -> str:
         from submitit.core.utils import FailedJobError, UncompletedJobError
 
-        if self._stopped:
-            return STOPPED
-        try:
-            job = self._executor.submit(on_worker, command, _environment(self.needs), os.getcwd(), self.needs)
-        except FailedJobError as error:
-            return f"not submitted: {str(error).strip().splitlines()[-1]}"
-        self._jobs.append(job)
+        with self._lock:
+            if self._stopped:
+                return STOPPED
+            try:
+                job = self._executor.submit(on_worker, command, _environment(self.needs), os.getcwd(), self.needs)
+            except FailedJobError as error:
+                return f"not submitted: {str(error).strip().splitlines()[-1]}"
+            self._jobs.append(job)
         try:
             return job.result()
         except (FailedJobError, UncompletedJobError) as error:
             return f"job {job.job_id}: {str(error).splitlines()[0]} (log: {job.paths.stderr})"
 
     def stop(self) -> None:
-        self._stopped = True
-        for job in self._jobs:
-            if not job.done():
-                job.cancel()
+        with self._lock:
+            self._stopped = True
+            for job in self._jobs:
+                if not job.done():
+                    job.cancel()
 
 
 class Ray:
@@ -167,7 +170,8 @@ class Ray:
             import ray
         except ImportError:
             raise SettingsError("The Ray engine needs ray: pip install -e '.[ray]'") from None
-        self.slots, self.needs, self._ray, self._stopped = jobs, needs, ray, False
+        self.slots, self.needs, self._ray = jobs, needs, ray
+        self._running, self._stopped, self._lock = set[Any](), False, threading.Lock()
         asked = {"num_gpus": needs.gpus, "num_cpus": needs.cpus or 1, "memory": int(needs.memory * 2**30)}
         try:
             self._task = ray.remote(on_worker).options(max_retries=0, **{name: n for name, n in asked.items() if n}, **(options or {}))
@@ -176,7 +180,6 @@ class Ray:
         self._mine = not ray.is_initialized()
         if self._mine:
             self._connect(address)
-        self._running: set[Any] = set()
         try:
             self._check({"GPU": needs.gpus, "CPU": needs.cpus or 1, "memory": asked["memory"], **(options or {}).get("resources", {})})
         except DeviceError:
@@ -209,21 +212,24 @@ class Ray:
             self._ray.shutdown()
 
     def attempt(self, command: list[str]) -> str:
-        if self._stopped:
-            return STOPPED
-        task = self._task.remote(command, _environment(self.needs), os.getcwd(), self.needs)
-        self._running.add(task)
+        with self._lock:
+            if self._stopped:
+                return STOPPED
+            task = self._task.remote(command, _environment(self.needs), os.getcwd(), self.needs)
+            self._running.add(task)
         try:
             return self._ray.get(task)
         except self._ray.exceptions.RayError as error:
             return STOPPED if self._stopped else f"Ray task: {str(error).strip().splitlines()[0]}"
         finally:
-            self._running.discard(task)
+            with self._lock:
+                self._running.discard(task)
 
     def stop(self) -> None:
-        self._stopped = True
-        for task in list(self._running):
-            self._ray.cancel(task)
+        with self._lock:
+            self._stopped = True
+            for task in self._running:
+                self._ray.cancel(task)
 
 
 ENGINES = ("local", "slurm", "ray")

@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from lab import kernels
+from lab import kernels, memory
 from lab.errors import RunError
 from lab.files import make_folder, write_text, writing
 
@@ -105,6 +105,7 @@ def _papermill(notebook: Path, output: Path, parameters: dict[str, Any], on_cell
     hooks = {"on_cell_start": _counter(notebook, on_cell)} if on_cell else {}
     given = {"kernel_name": "python3", "language": "python", "kernel_manager_class": manager, "progress_bar": False, **hooks}
     given |= {"iopub_timeout": PATIENCE_S, "start_timeout": START_S}
+    kills = memory.kills()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -116,7 +117,8 @@ def _papermill(notebook: Path, output: Path, parameters: dict[str, Any], on_cell
     except RuntimeError as error:
         if not str(error).startswith("Kernel d"):  # "died", also "before replying", for which there is no class of error; "didn't respond"
             raise
-        raise RunError(f"The kernel of {notebook.name} died (killed, or out of memory); its output so far is in {output}.") from None
+        how = f"was {memory.why_killed(kills)}" if memory.kills() > kills else "died (killed, or out of memory)"
+        raise RunError(f"The kernel of {notebook.name} {how}. Its output so far is in {output}.") from None
 
 
 def _counter(notebook: Path, on_cell: Callable[[int, int], None]) -> Callable[..., None]:

@@ -1,5 +1,6 @@
 """Notebooks run headless on a pipeline without a model: executed copies, resume, kills, failures, plain papermill."""
 
+import itertools
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from papermill.cli import papermill
 
-from lab import files, notebooks, pipeline, runs
+from lab import files, memory, notebooks, pipeline, runs
 from lab.notebooks import execute
 from lab.pipeline import StepFailed, run_recipe
 from lab.records import StepRecord, results_of
@@ -114,7 +115,8 @@ def test_a_kernel_that_dies_is_a_failure_that_says_so(bench, fresh):
 def test_a_kernel_that_dies_before_its_first_cell_is_a_failure_that_says_so(bench, fresh, tmp_path, monkeypatch):
     (tmp_path / "ipykernel_launcher.py").write_text("raise SystemExit(1)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(StepFailed, match="kernel of 1_draw.ipynb died"):
+    monkeypatch.setattr(memory, "kills", itertools.count().__next__)
+    with pytest.raises(StepFailed, match="kernel of 1_draw.ipynb was ended by Linux for want of memory: run fewer"):
         run_recipe("mini", "toy")
 
 
