@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lab import optim
 from lab.errors import DataError, SettingsError
 from lab.launch import world_size
+from lab.training.batches import Plan
 from lab.training.place import Place, TrainResult, shown
 from lab.training.settings import TrainSettings, check_common
 from lab.training.together import together
@@ -54,10 +55,10 @@ def fit(
     if settings.processes > 1:
         options = {"count": count, "validate": validate, "lengths": lengths, "resume": resume, "label": label}
         return together(fit, model, settings, step_logger, dataset=dataset, collate=collate, loss=loss, folder=folder, **options)
-    from lab.trainer import Job, Plan, Supervised
+    from lab.trainer import Job, Supervised
 
     _check(model, dataset, loss, settings)
-    plan = _plan(Plan, settings, len(dataset), lengths)
+    plan = _plan(settings, len(dataset), lengths)
     optim.freeze(model, settings.freeze)
     place = Place.open(Path(folder), model, settings, len(dataset), step_logger, resume)
     with shown(label, plan.steps, place.resumed) as progress:
@@ -87,10 +88,10 @@ def _check(model: nn.Module, dataset: Sequence[Any], loss: Callable, s: TrainSet
     check_common(s)
 
 
-def _plan(make: Callable, s: TrainSettings, examples: int, lengths: Sequence[int] | None) -> Any:
+def _plan(s: TrainSettings, examples: int, lengths: Sequence[int] | None) -> Plan:
     if s.global_batch < world_size():
         raise SettingsError(f"global_batch {s.global_batch} is smaller than the number of processes ({world_size()}).")
-    return make(s.total(examples), examples, s.global_batch, s.micro(world_size()), s.seed, s.order == "shuffle", lengths)
+    return Plan(s.total(examples), examples, s.global_batch, s.micro(world_size()), s.seed, s.order == "shuffle", lengths)
 
 
 def _set_precision(model: nn.Module, s: TrainSettings, force: bool) -> None:

@@ -1,18 +1,15 @@
 """transformers' Trainer, driving one optimizer step at a time over a global batch that it splits itself."""
 
-import hashlib
 import logging
 import math
 import os
-import struct
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -22,71 +19,13 @@ from lab import files, optim, sharding
 from lab.errors import OutOfMemory, TrainingError
 from lab.launch import check_world, on_main, rank, world_size
 from lab.stability.guarded import STATE, WEIGHTS, Diverged, Guarded
+from lab.training.batches import Batches, Plan
 
 log = logging.getLogger(__name__)
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed where it is installed, which would else warn of it
 
 Loss = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Any]]]
-
-
-@dataclass
-class Plan:
-    """Which examples belong to which optimizer step: a pure function of the seed, so a resumed training asks for the same ones.
-
-    Passes over the data follow each other without a gap, each a permutation of its own. With `lengths`, a global batch is sorted
-    by length, which changes no sum over it and saves padding. Micro-batch j belongs to process j modulo the number of processes.
-    """
-
-    steps: int
-    examples: int
-    global_batch: int
-    micro_batch: int
-    seed: int = 0
-    shuffle: bool = True
-    lengths: Sequence[int] | None = None
-    _passes: dict[int, Any] = field(default_factory=dict, repr=False)
-
-    def batch(self, number: int) -> list[int]:
-        """The example indices of global batch `number`."""
-        first, last = number * self.global_batch, (number + 1) * self.global_batch
-        indices: list[int] = []
-        while first < last:
-            index, start = divmod(first, self.examples)
-            part = self._pass(index)[start : start + last - first].tolist()
-            indices += part
-            first += len(part)
-        return sorted(indices, key=self.lengths.__getitem__) if self.lengths is not None else indices
-
-    def micro_batches(self, rows: Sequence[Any]) -> list[tuple[int, Sequence[Any]]]:
-        """`rows` of a global batch as (first row, rows) pieces of at most `micro_batch`."""
-        return [(first, rows[first : first + self.micro_batch]) for first in range(0, len(rows), self.micro_batch)]
-
-    def key(self, generation: int, step: int, row: int) -> int:
-        """The seed of the draws in the micro-batch that starts at `row`: the same however many processes share the batch."""
-        packed = struct.pack("<4q", self.seed, generation, step, row)
-        return int.from_bytes(hashlib.blake2b(packed, digest_size=7).digest())
-
-    def _pass(self, number: int) -> Any:
-        if number not in self._passes:
-            order = np.random.default_rng([self.seed, number]).permutation(self.examples) if self.shuffle else np.arange(self.examples)
-            self._passes = {number - 1: self._passes.get(number - 1), number: order}
-        return self._passes[number]
-
-
-class _Batches:
-    """A batch sampler that begins where training begins; its length is that of the whole training."""
-
-    def __init__(self, plan: Plan, start: Callable[[], int], shift: Callable[[int], int]):
-        self.plan, self.start, self.shift = plan, start, shift
-
-    def __len__(self) -> int:
-        return self.plan.steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.start(), self.plan.steps):
-            pieces = self.plan.micro_batches(self.plan.batch(step + self.shift(step)))
-            yield [index for _, piece in pieces[rank() :: world_size()] for index in piece]
 
 
 class Step(nn.Module):
@@ -159,7 +98,7 @@ class Supervised(Guarded, Trainer):
 
     # ---- what the Trainer asks for ----
     def get_train_dataloader(self) -> DataLoader:
-        batches = _Batches(self.plan, lambda: self.state.global_step, self.recovery.shift)
+        batches = Batches(self.plan, lambda: self.state.global_step, self.recovery.shift)
         return DataLoader(self.job.dataset, batch_sampler=batches, collate_fn=list, generator=torch.Generator())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
