@@ -92,6 +92,23 @@ def test_hiding_the_solution_from_an_assistant_is_the_same_as_not_showing_it():
         assert shown.shape(train)[2].shape == (2, 2, 32), "the longer of the two has two steps"
 
 
+def test_sets_of_thoughts_do_not_see_a_hidden_solution():
+    m = softcotpp()
+    m.settings = m.config.but(gold_steps="masked").model_dump(mode="json")
+    torch.testing.assert_close(m.make(batch(m)), m.make(batch(m, "test")), atol=1e-5, rtol=1e-5)
+    m.settings = m.config.but(gold_steps="visible").model_dump(mode="json")
+    assert (m.make(batch(m)) - m.make(batch(m, "test"))).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("generator", ["block", "assistant"])
+def test_training_prompts_without_gold_steps_are_those_of_testing(generator):
+    m = model(generator, SoftcotModel if generator == "assistant" else ThoughtModel, gold_steps="off")
+    (shown, *_), (asked, *_) = (stages.prompts(m, EXAMPLES, split).rows for split in ("train", "test"))
+    assert not shown[0].steps and (shown[0].assistant, shown[0].slots) == (asked[0].assistant, asked[0].slots)
+    m.settings = m.config.but(gold_steps="masked").model_dump(mode="json")
+    assert len(stages.prompts(m, EXAMPLES, "train").rows[1][0].steps) == 2
+
+
 @pytest.mark.parametrize("where", ["turn_end", "step_mean"])
 def test_the_losses_of_the_assistant_mode_by_hand(where):
     m = model("assistant", gold_steps="visible", focus_positions=where).train()

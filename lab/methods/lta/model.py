@@ -167,10 +167,11 @@ class ThoughtModel(LatentModel):
         if self.assistant is None:
             raise SettingsError(f"This model needs its assistant ({s.assistant_id or 'the small model'}); call use_assistant.")
         with torch.set_grad_enabled(s.tune_assistant_model and torch.is_grad_enabled()):
-            if s.num_scaling_times > 1:
-                return self._states_of_sets(batch)
             hides = s.gold_steps == "masked" and bool(batch.gold.any())
-            states = self._assistant_reads(batch, batch.assistant_valid & ~batch.gold if hides else batch.assistant_valid)
+            seen = batch.assistant_valid & ~batch.gold if hides else batch.assistant_valid
+            if s.num_scaling_times > 1:
+                return self._states_of_sets(batch, seen)
+            states = self._assistant_reads(batch, seen)
             row = torch.arange(len(batch), device=states.device)[:, None]
             if not s.shaped:
                 return states[row, batch.slots]
@@ -184,15 +185,17 @@ class ThoughtModel(LatentModel):
         decoder, pos = self.assistant_decoder, (valid.cumsum(1) - 1).clamp(min=0)
         return decoder(decoder.embed(batch.assistant), pos, decoder.grow(), valid=valid).last
 
-    def _states_of_sets(self, batch: ThoughtBatch) -> Tensor:
-        """(R·K, n, d): what stands before the thoughts is read once for all sets."""
+    def _states_of_sets(self, batch: ThoughtBatch, seen: Tensor) -> Tensor:
+        """(R·K, n, d): what stands before the thoughts, as far as it is `seen` (R, L), is read once for all sets."""
         decoder, sets, n = self.assistant_decoder, len(self.parts.starts), batch.slots.shape[1]
         before = torch.arange(int(batch.slots[:, 0].max()), device=batch.slots.device)
-        kv, pos = decoder.grow(), before.expand(len(batch), -1)
-        decoder(decoder.embed(batch.assistant[:, : len(before)]), pos, kv, valid=before < batch.slots[:, :1])
+        valid = seen[:, : len(before)] & (before < batch.slots[:, :1])
+        kv, pos = decoder.grow(), (valid.cumsum(1) - 1).clamp(min=0)
+        decoder(decoder.embed(batch.assistant[:, : len(before)]), pos, kv, valid=valid)
         kv = kv.select(torch.arange(len(batch), device=pos.device).repeat_interleave(sets))
         x = self.parts.starts.to(decoder.table.weight.dtype).repeat(len(batch), 1)[:, None].expand(-1, n, -1)
-        return decoder(x, batch.slots.repeat_interleave(sets, 0), kv).last
+        at = valid.sum(1, keepdim=True) + torch.arange(n, device=pos.device)
+        return decoder(x, at.repeat_interleave(sets, 0), kv).last
 
     def make(self, batch: ThoughtBatch) -> Tensor | None:
         """Thoughts (R, n, D) (or (R·K, n, D)) of a batch; None for none."""

@@ -137,6 +137,7 @@ def build(
     assistant_tokenizer=None,
     distinct: bool = True,
     limit: int = 0,
+    solution: bool = True,
 ) -> Prompted:
     """The prompts of one example with `n` thoughts.
 
@@ -145,6 +146,7 @@ def build(
         assistant_tokenizer: of the small model; None = the base's.
         distinct: a token id of its own for each thought of the assistant's prompt.
         limit: most tokens of the base's sequence, 0 = any; DataError where the thoughts would be cut off.
+        solution: whether the assistant's prompt has the gold steps in training (SoftCoT's never has).
     """
     words, marks = (pack or own_pack()).wording(family, task, split), FAMILIES[family]
     reader = assistant_tokenizer or tokenizer
@@ -153,7 +155,8 @@ def build(
     ids = _ids(tokenizer, asked, family, split)
     learnt = len(_ids(tokenizer, asked[:1], family, "train")) if task == "strategyqa" and split != "test" else 0
     row = _row(ids, n, tokenizer, family, split, limit, learnt)
-    turns, steps = _assistant_turns(example, words, family, task, split, n, marks.placeholder)
+    lines = shown_to_assistant(reasoning(example, task), task) if solution and split != "test" else []
+    turns, steps = _assistant_turns(example, words, family, task, lines, n, marks.placeholder)
     assistant, places, slots = _read(reader, turns, n, marks)
     if n and distinct:
         first = _first_slot(reader, marks.first_slot, n)
@@ -182,9 +185,8 @@ def _base_turns(example: Example, words: Wording, family: str, task: str, split:
     return [*turns, {"role": "assistant", "content": ends[0] + steps + ends[1]}]
 
 
-def _assistant_turns(example: Example, words: Wording, family: str, task: str, split: str, n: int, placeholder: str):
+def _assistant_turns(example: Example, words: Wording, family: str, task: str, lines: list[str], n: int, placeholder: str):
     turns = [{"role": "user", "content": _fill(words.ask, n=n, question=example.question)}]
-    lines = [] if split == "test" else shown_to_assistant(reasoning(example, task), task)
     role = "user" if family == "qwen3" and task in ("aqua", "du") else "assistant"
     steps = [{"role": role, "content": f"## Step {i}: {line}\n"} for i, line in enumerate(lines, 1)]
     return [*turns, *steps, {"role": "assistant", "content": _fill(words.lead, n=n, slots=placeholder * n)}], steps

@@ -129,7 +129,7 @@ def prompts(model: ThoughtModel, data: Dataset, split: str, limit: int = 0) -> K
     """The examples that can be used as prompts, each with every number of thoughts it is trained with, and which were dropped and why."""
     s, kept = model.config, Kept()
     where = {"family": s.family, "task": s.task, "split": split, "pack": model.pack, "distinct": s.distinct_slots, "limit": limit}
-    where |= {"tokenizer": model.tokenizer, "assistant_tokenizer": model.assistant_tokenizer}
+    where |= {"tokenizer": model.tokenizer, "assistant_tokenizer": model.assistant_tokenizer, "solution": s.gold_steps != "off"}
     for example in data:
         try:
             if not shown_to_assistant(reasoning(example, s.task), s.task):
