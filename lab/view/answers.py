@@ -78,4 +78,4 @@ def _sign(row: Mapping[str, Any]) -> str:
 
 
 def _short(text: str) -> str:
-    return escape(text if len(text) <= LONGEST else text[:LONGEST] + " …")
+    return escape(text if len(text) <= LONGEST else text[:LONGEST] + " …") or "(nothing)"

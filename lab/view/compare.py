@@ -25,6 +25,7 @@ class Compare(View):
     second: Trace
     channel: str = ""
     names: tuple[str, str] = ("A", "B")
+    channels: Sequence[str] | None = None
     script = "tokens.js"
 
     def __post_init__(self) -> None:
@@ -45,7 +46,7 @@ class Compare(View):
     def scales(self) -> tuple[Channel, list[Channel]]:
         """(channel shown first, channels one can switch to), on a scale common to both."""
         pair = Trace.build("pair", tokens=self.both.assign(pos=range(len(self.both))))
-        return channels(pair, self.channel, None, None)
+        return channels(pair, self.channel, self.channels, None)
 
     @cached_property
     def pairs(self) -> list[tuple[Row | None, Row | None]]:
@@ -84,7 +85,8 @@ class Compare(View):
         names = [plain(name)[:8] for name in self.names]
         pad = max(map(len, names)) + 1
         body = [f"{name.ljust(pad)}{line}".rstrip() for pair in lines for name, line in zip([*names, ""], [*pair, ""], strict=True)]
-        return "\n".join([f"{scale.label} in ‹›; _ where a run has no such token", *body]).rstrip()
+        legend = f"{scale.label} in ‹›; " if scale.name else ""
+        return "\n".join([f"{legend}_ where a run has no such token", *body]).rstrip()
 
 
 def compare(
@@ -95,13 +97,15 @@ def compare(
     question: Any = None,
     sample: int | Sequence[int] | None = None,
     names: tuple[str, str] | None = None,
+    channels: Sequence[str] | None = None,
 ) -> Compare:
     """Two traces side by side, aligned by token, on one colour scale: the first sample of each that `question` and `sample` pick.
 
+    `channels`: those to switch between, None = all that either has.
     Raises DataError where nothing is picked, SettingsError for a channel without values in either.
     """
     parts = [_one(trace.select(question, sample)) for trace in (first, second)]
-    return Compare(*parts, channel, names or _names(first, second))
+    return Compare(*parts, channel, names or _names(first, second), channels)
 
 
 def _one(trace: Trace) -> Trace:
@@ -150,7 +154,7 @@ def _plain_cell(row: Row | None, scale: Channel) -> str:
     if row is None:
         return "_"
     shown = plain(row["text"]).replace("\n", "↵").strip() or "◆"
-    value = row[scale.name]
+    value = row.get(scale.name, float("nan"))
     return f"{shown}‹{scale.short(value)}›" if value == value and scale.short(value) else shown
 
 

@@ -59,6 +59,11 @@ class Samples(View):
         return f'<p class="note">{escape(self.state())}</p>{prompt}{self._grid()}{more}{self._trees()}'
 
     @property
+    def grown(self) -> bool:
+        """Whether these are beams of a search: some grew from others."""
+        return bool((self.trace.samples["parent"] >= 0).any())
+
+    @property
     def several(self) -> bool:
         """Whether any question was answered more than once."""
         return bool(self.trace.samples["question"].duplicated().any())
@@ -66,7 +71,7 @@ class Samples(View):
     def state(self) -> str:
         """One sentence of totals: samples, right ones, questions right by vote, questions with any right sample."""
         rows = self.rows
-        if (rows["parent"] >= 0).any():
+        if self.grown:
             return f"{_many(len(rows), 'beam')} of {_many(rows['question'].nunique(), 'question')}; each grew from the one it hangs under."
         said = f"{_many(len(rows), 'sample')} of {_many(rows['question'].nunique(), 'question')}"
         judged = rows[rows["correct"].notna()]
@@ -90,7 +95,7 @@ class Samples(View):
         return "\n".join(lines)
 
     def _grid(self) -> str:
-        hidden = set() if self.several else {"sample", "votes"}
+        hidden = {"votes"} if self.grown else set() if self.several else {"sample", "votes"}
         hidden |= {"prompt"} if self.rows["prompt"].nunique() == 1 else set()
         names = [name for name in _COLUMNS if name not in hidden and (name in ("question", "sample") or _told(self.rows[name]))]
         head = "".join(f'<th scope="col" aria-sort="none"><button type="button">{name}</button></th>' for name in names)

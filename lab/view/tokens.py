@@ -37,7 +37,7 @@ class Tokens(View):
 
     @property
     def title(self) -> str:
-        return f"{self.trace.method}: tokens by {self.scales[0].label}"
+        return f"{self.trace.method}: tokens" + (f" by {self.scales[0].label}" if self.scales[1] else "")
 
     @cached_property
     def scales(self) -> tuple[Channel, list[Channel]]:
@@ -104,7 +104,8 @@ class Tokens(View):
         if self.trace.tokens.empty:
             return "No tokens were recorded."
         first = self.scales[0]
-        lines = [terminal_legend(first, self.trace.tokens, color), *([plain(self.note)] if self.note else [])]
+        legend = [terminal_legend(first, self.trace.tokens, color)] if first.name else []
+        lines = [*legend, *([plain(self.note)] if self.note else [])]
         for sample, rows in self.samples():
             lines.append(plain(f"— question {sample['question']} · sample {sample['sample']}"))
             apart = " " * runs_together([row["text"] for row in rows])
@@ -154,12 +155,13 @@ def token(row: dict[str, Any], following: dict[str, Any], first: Channel, scales
     style = "".join(_paint(place, scale, row[scale.name]) for place, scale in enumerate(scales))
     digits = "".join(f' data-c{place}="{scale.short(row[scale.name])}"' for place, scale in enumerate(scales))
     marks = "".join(f" n{place}" for place, scale in enumerate(scales) if row[scale.name] != row[scale.name])
+    value = row.get(first.name, float("nan"))  # without any channel the text alone is shown
     joins = " join" if _joins(row["text"], following.get("text", "")) else ""
     shown = visible(row["text"]) if row["text"] else '<i class="cc">◆</i>' if row["role"] == "thought" else visible("")
     return (
         f'<span class="t {row["role"]}{marks}" role="listitem" tabindex="0" aria-label="{_label(row, scales, notes)}" style="{style}">'
-        f'<span class="w{joins}"{_plain_fill(first, row[first.name])}>{shown}</span>'
-        f'<sub{digits} aria-hidden="true">{first.short(row[first.name])}</sub></span>' + ("<br>" if row["text"].endswith("\n") else "")
+        f'<span class="w{joins}"{_plain_fill(first, value)}>{shown}</span>'
+        f'<sub{digits} aria-hidden="true">{first.short(value) if scales else ""}</sub></span>' + ("<br>" if row["text"].endswith("\n") else "")
     )
 
 
@@ -173,7 +175,7 @@ def switcher(first: Channel, scales: list[Channel], content: str, tokens: pd.Dat
     rules = "".join(_rule(place) for place in range(len(scales)))
     legends = "".join(_legend(place, scale, tokens[scale.name], scale.name != first.name) for place, scale in enumerate(scales))
     single = " single" if len(scales) < 2 else ""
-    legends = f"<p>{escape(first.label)}</p>{legends}" if single else legends
+    legends = f"<p>{escape(first.label)}</p>{legends}" if single and scales else legends
     return (
         f'<style>{rules}</style><form method="dialog"><fieldset class="switch{single}"><legend>Colour by</legend>{picks}</fieldset>'
         f'<div class="legends">{legends}</div>{content}</form>'

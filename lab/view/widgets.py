@@ -5,7 +5,7 @@ a terminal show the same picture.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import ipywidgets
 from lab.errors import DataError, RunError
 from lab.trace import Trace
 from lab.view.answers import answers
-from lab.view.base import View, resource
+from lab.view.base import View, plain, resource
 from lab.view.channels import Channel, names
 from lab.view.compare import compare
 from lab.view.decide import passes_at, with_gates, with_threshold
@@ -25,6 +25,8 @@ from lab.view.summaries import SPLITS
 from lab.view.thoughts import thoughts
 from lab.view.tokens import Tokens
 from lab.view.training import training
+
+BEGINNING = 40  # characters of a prompt in a picker
 
 
 class Explorer(ipywidgets.VBox):
@@ -138,7 +140,7 @@ def explore_runs(traces: Mapping[str, Trace], sort: str = "-score") -> Explorer:
         raise DataError("Nothing to explore: no run was recorded.")
     questions = list(dict.fromkeys(question for trace in traces.values() for question in trace.samples["question"]))
     run = ipywidgets.SelectionSlider(options=list(traces), description="run", layout={"width": "28em"})
-    question = ipywidgets.Dropdown(options=[(str(name), name) for name in questions], description="question")
+    question = _question_picker(questions, traces.values())
     return Explorer({"run": run, "question": question}, lambda run, question: samples(traces[run], sort, question=question))
 
 
@@ -147,10 +149,14 @@ def explore_pair(first: Trace, second: Trace, titles: tuple[str, str] | None = N
     shared = [question for question in dict.fromkeys(first.samples["question"]) if question in set(second.samples["question"])]
     if not shared:
         raise DataError("The two traces share no question: nothing to compare.")
-    question = ipywidgets.Dropdown(options=[(str(name), name) for name in shared], description="question")
+    question = _question_picker(shared, [first])
     channel = _channel_picker([name for name in names(first.tokens) if name in names(second.tokens)], "")
     controls = {"question": question, "channel": channel}
-    return Explorer(controls, lambda question, channel: compare(first, second, channel, question=question, names=titles))
+
+    def draw(question: Any, channel: str, channels: Sequence[str] | None = None) -> View:
+        return compare(first, second, channel, question=question, names=titles, channels=channels)
+
+    return Explorer(controls, lambda question, channel: draw(question, channel, [channel] if channel else None), draw)
 
 
 def explore_histogram(runs: Trace | Mapping[str, Trace]) -> Explorer:
@@ -257,12 +263,22 @@ def _labelled(name: str, control: ipywidgets.Widget) -> ipywidgets.Widget:
 
 def _sample_picker(trace: Trace) -> ipywidgets.Dropdown:
     signs = {True: " ✓", False: " ✗"}
-    rows = trace.samples[["question", "sample", "correct"]].to_dict("records")
-    options = [
-        (f"question {row['question']} · sample {row['sample']}{_sign(row['correct'], signs)}", (row["question"], row["sample"]))
-        for row in rows
-    ]
-    return ipywidgets.Dropdown(options=options, description="show")
+    rows = trace.samples[["question", "sample", "correct", "prompt"]].to_dict("records")
+    several = bool(trace.samples["question"].duplicated().any())
+    names = [_asked(row) + f" · sample {row['sample']}" * several + _sign(row["correct"], signs) for row in rows]
+    options = [(name, (row["question"], row["sample"])) for name, row in zip(names, rows, strict=True)]
+    return ipywidgets.Dropdown(options=options, description="show", layout={"width": "28em"})
+
+
+def _question_picker(questions: Sequence[Any], traces: Iterable[Trace]) -> ipywidgets.Dropdown:
+    rows = {row["question"]: row for trace in traces for row in trace.samples[["question", "prompt"]].to_dict("records")}
+    return ipywidgets.Dropdown(options=[(_asked(rows[name]), name) for name in questions], description="question", layout={"width": "28em"})
+
+
+def _asked(row: Mapping[str, Any]) -> str:
+    """A question's name and how it begins."""
+    prompt = " ".join(plain(row["prompt"]).split())
+    return f"{row['question']}: {prompt[:BEGINNING]}{'…' * (len(prompt) > BEGINNING)}" if prompt else str(row["question"])
 
 
 def _sign(correct: Any, signs: dict[bool, str]) -> str:

@@ -251,3 +251,10 @@ def test_gates_follow_the_temperature():
 def test_a_channel_that_cannot_be_switched_is_named_all_the_same():
     tokens = [{"question": 0, "pos": p, "text": "a", "role": "answer", "gate": p / 2} for p in range(3)]
     assert "<p>gate</p>" in view.tokens(Trace.build("dtt", tokens=tokens)).html()
+
+
+def test_text_without_any_channel_is_shown_alone():
+    trace = Trace.build("lta", tokens=[{"question": 0, "pos": p, "text": f" w{p}", "role": "prompt"} for p in range(3)])
+    for drawn in (view.tokens(trace), view.compare(trace, trace)):
+        assert "w2" in drawn.html() and "w2" in drawn.text() and "‹›;" not in drawn.text() and "Colour" not in drawn.title
+    assert view.tokens(trace).title == "lta: tokens"

@@ -170,3 +170,13 @@ def test_a_watched_training_follows_its_folder(tmp_path):
 def test_views_import_neither_models_nor_widgets():
     code = "import sys; from lab import view; assert not {'torch', 'transformers', 'ipywidgets', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_questions_are_picked_by_how_they_begin():
+    asked = [{"question": q, "sample": s, "prompt": f"<{q}> " + "long " * 20, "correct": True} for q in range(2) for s in range(2)]
+    trace = Trace.build("tah", samples=asked, tokens=[row | {"pos": 0, "text": "a"} for row in asked])
+    labels = [label for label, _ in view.explore(trace).controls["sample"].options]
+    assert labels[3].startswith("1: <1> long") and labels[3].endswith("… · sample 1 ✓") and len(labels[3]) < 70
+    assert [value for _, value in view.explore_runs({"a": trace}).controls["question"].options] == [0, 1]
+    pair = view.explore_pair(trace, trace)
+    assert pair._draw(**pair.values).html().count('name="channel"') == 0 and pair.view.channels is None

@@ -203,8 +203,8 @@ def headline(rows: Sequence[dict], found: dict[str, Pool], scores: dict[str, Sco
 
 
 def shown(pool: Pool, count: int) -> list[int]:
-    """Numbers of the first mixed questions, filled up with others."""
-    order = sorted(pool.asked, key=lambda question: (not question.mixed, question.number))
+    """Numbers of the most mixed questions, those of which nearest to half of the samples are right."""
+    order = sorted(pool.asked, key=lambda question: (abs(float(question.corrects.float().mean()) - 0.5), question.number))
     return [question.number for question in order[:count]]
 
 
