@@ -200,7 +200,7 @@ def run(folder: str, values: dict[str, Any]) -> dict[str, float]:
     )
     result = train(model, rows[held_out:], settings, Path(folder) / f"training-{values['method']}", rows[:held_out])
     on_main(lambda: str(model.save(Path(folder) / values["method"], overwrite=True, with_backbone=False)))
-    return {"train_loss": result.loss, "steps": float(result.steps), "examples": float(len(rows) - held_out)}
+    return {"train_loss": result.loss, "steps": result.steps, "examples": len(rows) - held_out}
 
 
 def published(values: dict[str, Any]) -> dict[str, Any]:
