@@ -137,7 +137,7 @@ class ForkedProcess:
         self.send_signal(signal.SIGTERM)
 
 
-def _connect(path: str, seconds: float = 20.0) -> socket.socket:
+def _connect(path: str, seconds: float = 60.0) -> socket.socket:
     end = time.monotonic() + seconds
     while True:
         connection = socket.socket(socket.AF_UNIX)

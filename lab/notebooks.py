@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 GRACE_S = 5.0  # how long a kernel may take to stop before it is ended
 PATIENCE_S = 60  # how long the last words of a cell that has ended may take: a machine at its limit needs more than the usual 4
 START_S = 600  # how long a kernel may take to start
+_DEAD, _UNBORN = ("Kernel died", "Kernel didn't respond"), "Kernel died before replying"  # there is no class of error for the last two
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -88,10 +89,10 @@ def _interruptible(work: Callable[[], None], manager: Any) -> None:
         while not wait([outcome], timeout=0.5).done:
             pass
     except KeyboardInterrupt:
-        for number in (signal.SIGINT, signal.SIGKILL):
-            manager.stop(number)
-            if wait([outcome], timeout=GRACE_S).done:
-                break
+        manager.stop(signal.SIGINT)
+        if not wait([outcome], timeout=GRACE_S).done:
+            manager.stop(signal.SIGKILL)
+            wait([outcome], timeout=PATIENCE_S if manager.group else GRACE_S)  # the notebook of one that ran is still being written
         raise
     outcome.result()
 
@@ -109,16 +110,27 @@ def _papermill(notebook: Path, output: Path, parameters: dict[str, Any], on_cell
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            papermill.execute_notebook(str(notebook), str(output), parameters, **given)
+            _twice(lambda: papermill.execute_notebook(str(notebook), str(output), parameters, **given), manager)
     except PapermillExecutionError as error:
         raise CellFailed(output, error.cell_index + 1, error.ename, error.evalue) from None
     except CellTimeoutError:
         raise RunError(f"The kernel of {notebook.name} has not answered for {PATIENCE_S} seconds; its output is in {output}.") from None
     except RuntimeError as error:
-        if not str(error).startswith("Kernel d"):  # "died", also "before replying", for which there is no class of error; "didn't respond"
+        if not str(error).startswith(_DEAD):
             raise
         how = f"was {memory.why_killed(kills)}" if memory.kills() > kills else "died (killed, or out of memory)"
         raise RunError(f"The kernel of {notebook.name} {how}. Its output so far is in {output}.") from None
+
+
+def _twice(start: Callable[[], Any], manager: Any) -> None:
+    """Starts again where a kernel died before its first cell: another process may have taken a port that was meant for it."""
+    try:
+        start()
+    except RuntimeError as error:
+        if not str(error).startswith(_UNBORN) or manager.stopped:
+            raise
+        log.warning("A kernel died before its first cell; it is started again.")
+        start()
 
 
 def _counter(notebook: Path, on_cell: Callable[[int, int], None]) -> Callable[..., None]:

@@ -99,7 +99,7 @@ class Step:
     def __init__(self, run: Run, name: str, parameters: dict[str, Any], spec: Any) -> None:
         self.run, self.name, self.parameters, self._spec = run, name, parameters, spec
         self.folder = run.folder / f".{name}.partial"
-        dying = 20.0 if "LAB_RUN" in os.environ else 0.0  # the kernel of a killed command ends by itself, within moments
+        dying = 60.0 if "LAB_RUN" in os.environ else 0.0  # the kernel of a killed command ends by itself, within moments
         self._lock = wait_lock(run.folder / f".{name}.lock", f"Step {name} of {run.folder} is running already; stop that process", dying)
         self._started = time.monotonic()
         mark, data = fingerprint(spec, parameters, run.folder)

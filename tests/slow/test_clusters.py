@@ -74,7 +74,7 @@ def ray_cluster(port, log):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def until(true, seconds=60.0):
+def until(true, seconds=180.0):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "the cluster never came up"

@@ -112,7 +112,24 @@ def test_a_kernel_that_dies_is_a_failure_that_says_so(bench, fresh):
         run_recipe("mini", "toy")
 
 
-def test_a_kernel_that_dies_before_its_first_cell_is_a_failure_that_says_so(bench, fresh, tmp_path, monkeypatch):
+DIES = """
+import os
+from ipykernel.kernelapp import launch_new_instance
+try:
+    os.mkdir(os.environ["MINI_STARTS"])
+except FileExistsError:
+    launch_new_instance()
+"""
+
+
+def test_a_kernel_that_dies_before_its_first_cell_is_started_again(bench, fresh, tmp_path, monkeypatch):
+    (tmp_path / "ipykernel_launcher.py").write_text(DIES)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("MINI_STARTS", str(tmp_path / "started"))
+    assert set(results_of(run_recipe("mini", "toy"))) == {"draw", "double"} and (tmp_path / "started").exists()
+
+
+def test_a_kernel_that_dies_again_before_its_first_cell_is_a_failure_that_says_so(bench, fresh, tmp_path, monkeypatch):
     (tmp_path / "ipykernel_launcher.py").write_text("raise SystemExit(1)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(memory, "kills", itertools.count().__next__)
@@ -191,10 +208,10 @@ def test_two_commands_on_one_folder(bench, tmp_path):
     try:
         wait_for(folder / ".draw.partial" / "numbers.txt", first)
         second = start(folder, "--resume")
-        _, error = second.communicate(timeout=180)
+        _, error = second.communicate(timeout=300)
         assert second.returncode == 3 and "is in use" in error and f"process {first.pid}" in error
         first.send_signal(signal.SIGINT)
-        _, error = first.communicate(timeout=120)
+        _, error = first.communicate(timeout=300)
         assert first.returncode == 130 and "Stopped. Everything so far is kept; go on with: lab run mini" in error
     finally:
         first.kill()

@@ -139,7 +139,7 @@ def test_an_interrupted_sweep_stops_its_runs_and_the_same_command_takes_them_up(
     numbers = [next_to(out, seed) for seed in (0, 1)]
     until(lambda: all(path.exists() for path in numbers) or process.poll() is not None)
     process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=120)[1]
+    error = process.communicate(timeout=300)[1]
     assert process.returncode == 130 and "Stopped. What has finished is kept; the same command takes up the rest." in error
     for seed in (0, 1):
         files.lock(numbers[seed].parents[1] / ".lock", "the run should be over").close()
@@ -151,7 +151,7 @@ def next_to(out, seed):
     return out / f"count=2,pause_s=20,seed={seed}" / ".draw.partial" / "numbers.txt"
 
 
-def until(true, seconds=120.0):
+def until(true, seconds=300.0):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
@@ -174,7 +174,7 @@ def test_the_runs_of_a_killed_sweep_end_too(bench):
             return False
         return True
 
-    until(free, 60.0)
+    until(free)
 
 
 def test_the_time_left_follows_the_expected_times(tmp_path, monkeypatch):
