@@ -66,8 +66,8 @@ def run(
 
     overrides = _overrides(values)
     if dry_run:
-        described = pipeline.describe(paper, recipe or "toy", overrides)
-        needs = estimates.estimate(paper, recipe or "toy", overrides)
+        described = pipeline.describe(paper, recipe, overrides, folder, resume, from_step or None)
+        needs = estimates.estimate(paper, described["recipe"], described["overrides"])
         told = f"{pipeline.describe_text(described)}\n\n{estimates.text(needs)}"
         _show({**described, "estimate": needs}, told, as_json)
         return

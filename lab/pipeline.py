@@ -107,18 +107,42 @@ def is_finished(folder: Path, planned: list[papers.Planned]) -> bool:
     """Whether `folder` holds a run of these steps, all done, and its report, with the same parameters, code and data."""
     if not (folder / runs.MANIFEST).exists() or not (folder / REPORT).exists():
         return False
-    found = [(runs.Run(folder).step(step.step), fingerprint(step.spec, step.values, folder)[0]) for step in planned]
-    return all(record is not None and record.unchanged(mark) for record, mark in found)
+    return all(_is_done(folder, step) for step in planned)
 
 
-def describe(paper: str, recipe: str, overrides: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What `run_recipe` would do: steps with their settings, and what the method's own plan adds, touching no weights.
+def _is_done(folder: Path, step: papers.Planned) -> bool:
+    record = runs.Run(folder).step(step.step)
+    return record is not None and record.unchanged(fingerprint(step.spec, step.values, folder)[0])
+
+
+def _kept(folder: Path, planned: list[papers.Planned], forced: set[str]) -> set[str]:
+    """The steps that a run which goes on would skip: done, unchanged, and after none that is run again."""
+    kept: set[str] = set()
+    for step in planned:
+        if step.step not in forced and kept.issuperset(set(step.spec.needs) & {p.step for p in planned}) and _is_done(folder, step):
+            kept.add(step.step)
+    return kept
+
+
+def describe(
+    paper: str,
+    recipe: str | None = None,
+    overrides: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+    from_step: str | None = None,
+) -> dict[str, Any]:
+    """What `run_recipe` would do, given the same: steps with their settings, and what the method's own plan adds, touching no weights.
 
     A method adds `lab/methods/<key>/plan.py` with `describe(settings) -> dict` (parameter counts, optimizer steps); `settings` is
     {step: values}.
     """
+    goes_on, recipe = resume or from_step is not None, recipe or None
+    if goes_on:
+        folder, recipe, overrides = _settle(paper, recipe, dict(overrides or {}), folder, True)
+    recipe = recipe or "toy"
     planned = papers.plan(paper, recipe, overrides or {})
-    took = _history(paper, recipe)
+    kept, took = _kept(folder, planned, _forced(planned, from_step)) if goes_on else set(), _history(paper, recipe)
     steps = [
         {
             "step": p.step,
@@ -127,11 +151,13 @@ def describe(paper: str, recipe: str, overrides: Mapping[str, str] | None = None
             "given": p.given,
             "values": p.values,
             "took_s": took.get(p.step),
+            "kept": p.step in kept,
         }
         for p in planned
     ]
     details = _details(paper, {p.step: p.values for p in planned})
-    return {"paper": paper, "recipe": recipe, "title": papers.pipeline(paper).title, "steps": steps, "details": details}
+    told = {"paper": paper, "recipe": recipe, "overrides": dict(overrides or {}), "title": papers.pipeline(paper).title}
+    return told | {"steps": steps, "details": details} | ({"run": str(folder)} if goes_on else {})
 
 
 def _details(paper: str, settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -145,7 +171,11 @@ def _details(paper: str, settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def describe_text(described: Mapping[str, Any]) -> str:
     """`describe`'s answer for a terminal: a star marks values that differ from the notebook's default."""
     lines = [f"{described['title']} · {described['recipe']}"]
+    lines += [f"goes on in {described['run']}"] if "run" in described else []
     for number, step in enumerate(described["steps"], 1):
+        if step["kept"]:
+            lines.append(f"\n{number}. {step['step']} is done and kept")
+            continue
         needs = f" after {', '.join(step['needs'])}" if step["needs"] else ""
         took = f", took {clock(step['took_s'])} last time" if step["took_s"] else ""
         lines.append(f"\n{number}. {step['step']} ({step['notebook']}){needs}{took}")

@@ -9,7 +9,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from lab import audit, cli
+from lab import audit, cli, runs, steps
 from lab.pipeline import StepFailed
 
 
@@ -221,3 +221,19 @@ def test_an_interrupt_in_the_middle_of_an_import_leaves_our_status(tmp_path, end
     (tmp_path / "stopped.py").write_text("\n".join([*body, "def stop():", *(f"    {line}" for line in lines), "cli.main()"]))
     done = subprocess.run([sys.executable, "-m", "stopped"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr.strip()) == (130, words)
+
+
+def test_a_dry_run_of_a_run_that_goes_on_says_what_it_keeps(bench, outputs, monkeypatch, capsys):
+    from lab import pipeline
+    from lab.records import StepRecord
+
+    folder = outputs / "mini" / "before"
+    runs.Run.open(folder, "mini", recipe="toy", overrides={"double.factor": "5"}).close()
+    monkeypatch.setattr(StepRecord, "unchanged", lambda record, mark: True)
+    step = steps.begin("mini", "draw", str(folder), {"count": 4, "seed": 0, "data": "", "pause_s": 0.0, "more": False, "fail": False})
+    step.finish(count=4)
+    status, out, _ = call(monkeypatch, capsys, "run", "mini", "--resume", "--dry-run")
+    assert status == 0 and f"goes on in {folder}" in out and "1. draw is done and kept" in out and "* factor = 5.0" in out
+    status, out, _ = call(monkeypatch, capsys, "run", "mini", "--from", "draw", "--dry-run")
+    assert "1. draw (mini/1_draw.ipynb)" in out and "kept" not in out
+    assert [step["kept"] for step in pipeline.describe("mini")["steps"]] == [False, False]
