@@ -201,7 +201,7 @@ def test_a_patch_is_what_a_hook_on_the_model_itself_does():
     logits[[model.config.start_id, model.config.end_id, model.config.latent_id]] = -torch.inf
     best = int(logits.argmax())
     assert best == (found.ids or [model.config.eos_id])[0]
-    assert found.logprobs == pytest.approx([float(logits.log_softmax(-1)[best])], rel=1e-5) or not found.ids
+    assert found.logprobs == pytest.approx([float(logits.log_softmax(-1)[best])], rel=1e-4) or not found.ids
 
 
 def test_thoughts_left_out_of_a_prompt_leave_no_gap():

@@ -151,7 +151,7 @@ def test_hrpo_gate_and_its_gradients():
 def test_hrpo_lambda_and_residual():
     made = Lambda(500, 0.95, 0.999)
     at_one = made(torch.ones(500))
-    assert at_one.min() >= 0.95 and at_one.max() <= 0.999 and at_one.std() > 0.01
+    assert at_one.min() > 0.9499 and at_one.max() < 0.9991 and at_one.std() > 0.01
     made.Lambda.data = HRPO["lambda.Lambda"]
     close(made(torch.ones(32)), HRPO["lambda.a_at_r1"], 1e-5)
     table = load_file(FOLDER / "hrpo_state_dict.safetensors")["model.embed_tokens.weight"]
