@@ -243,6 +243,31 @@ def test_the_published_update_is_the_released_codes(model, tmp_path, average):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+def test_a_published_training_that_was_killed_resumes_between_rollouts(tmp_path):
+    models = [toy.untrained("toy:llama", 0, ColarSettings.check(**SETTINGS, latent_loss="nll")) for _ in range(3)]
+    how = {"steps": 4, "updates": 2, "prompts": 2, "samples": 4, "longest": 9, "lr": 1e-3, "save_every": 2, "loss_type": "grpo"}
+    settings, data = RLSettings.check(**how, log_every=1, device="cpu"), toy.examples("train", 8, 0)
+
+    def stop(**row):
+        if row.get("step") == 4:
+            raise KeyboardInterrupt
+
+    def run(model, name, logger=None):
+        return train_rl(model, data, settings, tmp_path / name, most=4, compat=True, rewards={shorter: 1.0}, logger=logger)
+
+    run(models[0], "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(models[1], "parted", stop)
+    assert run(models[2], "parted").resumed_from == 2
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[2].parameters(), strict=True))
+    with pytest.raises(SettingsError, match="multiple of the 2 steps of a rollout"):
+        settings.but(save_every=1)
+    with pytest.raises(SettingsError, match="cannot be shared out to 3 updates"):
+        settings.but(updates=3, save_every=0)
+    with pytest.raises(SettingsError, match="mean over each row"):
+        train_rl(models[0], data, settings.but(loss_type="bnpo"), tmp_path / "bnpo", compat=True)
+
+
 def test_rewards_may_be_divided_by_the_number_of_thoughts():
     right = next(iter(rewards_of("colar", True)))
     assert right(["Answer: 5", "Answer: 4"], ["5", "5"], [2, 2]) == [0.5, 0.0]
