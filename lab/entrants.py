@@ -159,7 +159,7 @@ def adaptive(start: Start, steps: int) -> Trained:
     distil = distil.but(mask_thought_labels=True, remove_last_step=True)
     with start.meter:
         train_sft(model, start.train, distil, start.settings(steps), start.folder / "adaptive")
-    return Trained(model, arm="train")
+    return Trained(model, {"thoughts": start.thoughts}, arm="train")
 
 
 def colar(start: Start, steps: int) -> Trained:

@@ -34,6 +34,7 @@ class Guard(Settings):
     score_ratio: float = 0.5
     score_drop: float = 0.1  # ten points, twice in a row
     gradient_ratio: float = 50.0
+    gradient_floor: float = 1.0  # a norm below this is no burst: a loss that has reached almost zero has a tiny median
     gradient_count: int = 10
     gradient_window: int = 20
     margin: int = 50  # roll back to at least so many steps before the onset
@@ -203,7 +204,7 @@ class Detector:
     def _gradient(self, signals: Signals) -> Verdict:
         guard, past = self.guard, self.gradients
         self.bursts = [step for step in self.bursts if step > signals.step - guard.gradient_window]
-        if len(past) >= guard.enough and signals.gradient_norm > guard.gradient_ratio * past.middle:
+        if len(past) >= guard.enough and signals.gradient_norm > max(guard.gradient_ratio * past.middle, guard.gradient_floor):
             self.bursts.append(signals.step)
         past.add(signals.gradient_norm)
         if len(self.bursts) < guard.gradient_count:

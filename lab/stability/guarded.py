@@ -45,6 +45,7 @@ class Guarded:
         self.ring, self.recovery, self.detector, self.save_every = ring, recovery, detector, save_every
         self.signals: dict[str, Tensor | float] = {}
         self.values: dict[str, float] = {}
+        self._warned: dict[str, tuple[int, int]] = {}  # the onset and step of each rule's last warning
         self.gradient_norm = 0.0
         self.args.max_grad_norm = min(self.args.max_grad_norm or math.inf, recovery.clip)  # infinity: measured, never clipped
 
@@ -101,9 +102,10 @@ class Guarded:
             self.recovery.note("skipped" if verdict.action == "skip" else "warning", step, rule=verdict.rule, values=dict(verdict.values))
 
     def _first_warning(self, verdict: Verdict) -> bool:
-        key, last = (verdict.rule, verdict.onset), getattr(self, "_warned", None)
-        self._warned = key
-        return key != last
+        """Whether nothing warned of this before: neither of the same onset, nor a few steps ago, where the onset moves with its window."""
+        step, (onset, last) = self.state.global_step, self._warned.get(verdict.rule, (None, -math.inf))
+        self._warned[verdict.rule] = (verdict.onset, step)
+        return verdict.onset != onset and step - last > self.detector.guard.gradient_window
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         super()._maybe_log_save_evaluate(*args, **kwargs)

@@ -1,5 +1,7 @@
 """The guard on a Trainer that is not ours: its own data order, draws and schedule (as TRL's trainers have)."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from lab import files
 from lab.errors import CheckpointError
-from lab.stability import Detector, Guard, Recovery, Ring
+from lab.stability import Detector, Guard, Recovery, Ring, Verdict
 from lab.stability.guarded import Guarded, load_learned, train_guarded
 from lab.train import TrainSettings
 
@@ -125,3 +127,16 @@ def test_trainings_with_a_teacher_that_learns_are_judged_by_their_cross_entropie
     codi.train(None, [], how, tmp_path, arm="cot")
     codi.train(None, [], how.but(guard=how.guard.but(level_on=["distill"])), tmp_path)
     assert given == [["teacher_ce", "student_ce"], ["ce", "ref_ce"], ["loss"], ["distill"]]
+
+
+def test_a_stretch_of_warnings_is_one():
+    trainer = Guarded()
+    trainer._warned, trainer.detector, trainer.state = {}, Detector(Guard()), SimpleNamespace(global_step=0)
+    told = []
+    for step in (*range(100, 180), *range(400, 410)):
+        trainer.state.global_step = step
+        told += [step] * trainer._first_warning(Verdict("warn", "gradient norm", step - 9))
+    for step in (200, 300, 400):
+        trainer.state.global_step = step
+        told += [step] * trainer._first_warning(Verdict("warn", "overfit", 150))
+    assert told == [100, 400, 200]

@@ -133,6 +133,7 @@ def test_exploding_gradients_only_warn():
     gradients = [1.0] * 100 + [80.0] * 15 + [1.0] * 50
     step, verdict = judge([1.0] * 165, gradients=gradients)
     assert (step, verdict.action, verdict.onset) == (110, "warn", 101)
+    assert judge([1.0] * 165, gradients=[value / 100 for value in gradients]) is None, "what clipping would leave alone is no burst"
 
 
 def scored(scores, losses=None, warmup=0):
