@@ -109,7 +109,7 @@ def _results(paper: str, runs: list[Run], titled: bool) -> str:
     rows = [{name: value for name, value in row.items() if name not in wordy} for row in rows]
     steps = {row.pop("step") for row in rows}
     named = f"{next(iter(steps))} step" if len(steps) == 1 else "arms"
-    arms = "".join(_folding(_turned(part), named) for part in split([row for row in rows if row["arm"]]))
+    arms = "".join(_begun(_turned(part), named) for part in split([row for row in rows if row["arm"]]))
     single = "".join(_key_numbers(row) for row in rows if not row["arm"])
     heading = f'<h3><a href="#{_anchor(runs[0])}">{_safe(_title(paper))}</a></h3>' if titled else ""
     return f"{heading}{arms}{single}" if arms or single else ""
@@ -257,6 +257,13 @@ def _captioned(name: str, rows: list[Row]) -> str:
     """A step's table under its name, folded where it is long."""
     note = f", the first {TABLE_LIMIT} here, all in tables/{name}.csv" if len(rows) > TABLE_LIMIT else ""
     return _folding(rows, name.replace("_", " "), note)
+
+
+def _begun(rows: list[Row], title: str) -> str:
+    """A table of results whose first rows are open."""
+    rest = rows[FOLDED:]
+    more = f"<details><summary>{len(rest)} more rows</summary>{table_html(rest)}</details>" if rest else ""
+    return table_html(rows[:FOLDED], title) + more
 
 
 def _folding(rows: list[Row], title: str, note: str = "") -> str:

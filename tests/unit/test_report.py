@@ -48,6 +48,7 @@ def test_long_tables_and_curves_are_folded(make, tmp_path):
     page = report.write([make(**{f"arm {n:02d}": {"x": float(n)} for n in range(30)})], tmp_path / "r.html").read_text()
     folded = "".join(re.findall(r"<details>.*?</details>", page, flags=re.S))
     assert "Curves of what was logged" in folded and "arm 29" in folded and page.count("arm 29") == folded.count("arm 29")
+    assert "arm 11" in page.split('id="run-')[0].replace(folded, "") and "18 more rows" in folded  # results show how they begin
     assert "&lt;script&gt;" in page.replace(folded, "")  # a short table stands open
 
 
