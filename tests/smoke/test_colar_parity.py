@@ -190,19 +190,21 @@ def test_advantages_are_those_of_the_groups():
 
 
 def test_a_padded_row_costs_what_it_costs_alone():
-    m = model()
+    m = model(pred_embed_forward_weight=0.1)
     m.settings = m.config.but(official_padding=False).model_dump(mode="json")
     for r in (1, 2, 3, 5):
         together = collate(rows(), r, m.config, torch.Generator().manual_seed(0))
         eps = torch.randn(4, together.groups.shape[1], 32)
         _, parts = loss(m, together, eps)
-        ce, latent, tokens, groups = 0.0, 0.0, 0, 0
+        ce, second, latent, tokens, groups = 0.0, 0.0, 0.0, 0, 0
         for index in range(4):
             alone = collate(rows()[index : index + 1], r, m.config, torch.Generator().manual_seed(0))
             mask, own = together.groups_mask[index].any(-1), alone.groups_mask[0].any(-1)
             alone.labels[0, alone.steps][own] = together.labels[index, together.steps][mask]
             _, single = loss(m, alone, eps[index, -alone.groups.shape[1] :][None])
             n, k = int((alone.labels != -100).sum()), int(own.sum())
-            ce, latent, tokens, groups = ce + n * single["ce"], latent + k * single["latent"], tokens + n, groups + k
+            ce, second, latent = ce + n * single["ce"], second + n * single["forward"], latent + k * single["latent"]
+            tokens, groups = tokens + n, groups + k
         torch.testing.assert_close(parts["ce"], ce / tokens, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(parts["forward"], second / tokens, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(parts["latent"], latent / groups, rtol=1e-4, atol=1e-6)

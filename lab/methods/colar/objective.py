@@ -69,9 +69,14 @@ def _ce(model: ColarModel, h: Tensor, batch: ColarBatch) -> Tensor:
 
 
 def _second(model: ColarModel, batch: ColarBatch, x: Tensor, sample: Tensor) -> Tensor:
-    """Cross-entropy of a second pass whose groups after the first are the predictions of the one before, in standardised units."""
-    first = batch.steps.start
-    fed = torch.cat((x[:, : first + 1], sample[:, :-1].to(x.dtype), x[:, batch.steps.stop :]), 1)
+    """Cross-entropy of a second pass whose groups after the first are the predictions of the one before, in standardised units.
+
+    A row's first group is its separator; officially the batch's first column is, so that shorter rows lose theirs.
+    """
+    steps, known = x[:, batch.steps], batch.groups_mask.any(-1)
+    first = torch.arange(known.shape[1], device=x.device) == 0 if model.config.official_padding else known & (known.cumsum(1) == 1)
+    predicted = torch.cat((steps[:, :1], sample[:, :-1].to(x.dtype)), 1)
+    fed = torch.cat((x[:, : batch.steps.start], torch.where(first[..., None], steps, predicted), x[:, batch.steps.stop :]), 1)
     return _ce(model, _read(model, fed, batch.valid), batch)
 
 
