@@ -106,5 +106,5 @@ def test_a_sweep_on_a_disk_that_cannot_be_written(bench, tmp_path, monkeypatch):
 def test_the_memory_of_a_run_is_also_that_of_its_warm_kernels(bench, monkeypatch):
     """The run itself has 0.2 GiB; its kernel, which is not its child, takes it beyond what it was given."""
     monkeypatch.delenv("LAB_WARM", raising=False)
-    result = sweep.run_sweep("mini", "toy-claims", {"seed": "0", "pause_s": "30"}, Local(needs=Needs(memory=0.4)))
-    assert list(result.failed.values()) == ["took more than the 0.4 GiB it was given and was stopped"]
+    result = sweep.run_sweep("mini", "toy-claims", {"seed": "0", "pause_s": "30"}, Local(needs=Needs(memory=0.3)))
+    assert list(result.failed.values()) == ["took more than the 0.3 GiB it was given and was stopped"]
