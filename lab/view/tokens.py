@@ -158,11 +158,12 @@ def token(row: dict[str, Any], following: dict[str, Any], first: Channel, scales
     value = row.get(first.name, float("nan"))  # without any channel the text alone is shown
     under = first.short(value) if scales else ""
     joins = " join" if _joins(row["text"], following.get("text", "")) else ""
+    ends = row["text"].endswith("\n") and not following.get("text", "").startswith("\n")  # the last of several ends the line
     shown = visible(row["text"]) if row["text"] else '<i class="cc">◆</i>' if row["role"] == "thought" else visible("")
     return (
         f'<span class="t {row["role"]}{marks}" role="listitem" tabindex="0" aria-label="{_label(row, scales, notes)}" style="{style}">'
         f'<span class="w{joins}"{_plain_fill(first, value)}>{shown}</span>'
-        f'<sub{digits} aria-hidden="true">{under}</sub></span>' + ("<br>" if row["text"].endswith("\n") else "")
+        f'<sub{digits} aria-hidden="true">{under}</sub></span>' + "<br>" * ends
     )
 
 

@@ -258,3 +258,8 @@ def test_text_without_any_channel_is_shown_alone():
     for drawn in (view.tokens(trace), view.compare(trace, trace)):
         assert "w2" in drawn.html() and "w2" in drawn.text() and "‹›;" not in drawn.text() and "Colour" not in drawn.title
     assert view.tokens(trace).title == "lta: tokens"
+
+
+def test_several_newlines_end_one_line():
+    tokens = [{"question": 0, "pos": p, "text": t, "role": "answer", "gate": 0.5} for p, t in enumerate(["a", *3 * "\n", "b\n", "c"])]
+    assert view.tokens(Trace.build("dtt", tokens=tokens)).html().count("<br>") == 2
