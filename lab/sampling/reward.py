@@ -22,11 +22,12 @@ class LatentRM(nn.Module):
         model: the causal language model whose transformer is used (its vocabulary head is not).
         projector: a CODI generator's projection, applied before the head; None for the others.
         classifier: the head; None = a new one.
+        loss: what it was trained with, which decides what a step is worth.
     """
 
-    def __init__(self, model: nn.Module, projector: nn.Module | None = None, classifier: nn.Linear | None = None):
+    def __init__(self, model: nn.Module, projector: nn.Module | None = None, classifier: nn.Linear | None = None, loss: str = "ce"):
         super().__init__()
-        self.model, self.projector = model, projector
+        self.model, self.projector, self.loss = model, projector, loss
         self.classifier = new_head(model.config) if classifier is None else classifier
 
     @cached_property
@@ -39,6 +40,10 @@ class LatentRM(nn.Module):
     def score(self, h: Tensor) -> Tensor:
         """Logits of hidden states after the final norm, (…, D) -> (…)."""
         return self.classifier(h if self.projector is None else self.projector(h))[..., 0]
+
+    def worth(self, logits: Tensor) -> Tensor:
+        """What a step adds to the score of its trajectory, by its logit: that itself, or its log-sigmoid for a `bce` model."""
+        return torch.nn.functional.logsigmoid(logits) if self.loss == "bce" else logits
 
     def forward(self, prompt: Prompt, thoughts: Tensor, counts: Tensor | None = None) -> Tensor:
         """Logits (Q·N, T) of every thought, with gradient; `thoughts` (Q·N, T, D); columns from `counts` on are padding."""
@@ -99,14 +104,6 @@ def new_head(config) -> nn.Linear:
     nn.init.normal_(head.weight, std=getattr(config, "initializer_range", 0.02))
     nn.init.zeros_(head.bias)
     return head
-
-
-def total(logits: Tensor, counts: Tensor | None = None, loss: str = "ce") -> Tensor:
-    """The score of a trajectory (R,): the sum of its step logits (of their log-sigmoids for a `bce` model)."""
-    logits = torch.nn.functional.logsigmoid(logits) if loss == "bce" else logits
-    if counts is None:
-        return logits.sum(-1)
-    return logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= counts[:, None], 0.0).sum(-1)
 
 
 def step_loss(logits: Tensor, labels: Tensor, kind: str = "ce", official_length: int | None = None) -> Tensor:

@@ -11,6 +11,8 @@ from transformers import PhiConfig, PhiForCausalLM
 from lab.data.examples import Dataset
 from lab.errors import CheckpointError, DataError, RunError, SettingsError
 from lab.files import append_line
+from lab.latent.draws import Keyed
+from lab.latent.loop import Budget, Prompt
 from lab.methods.coconut.model import CoconutModel
 from lab.methods.colar import toy as colar
 from lab.methods.colar.config import ColarSettings
@@ -20,11 +22,12 @@ from lab.methods.latenttts.config import RewardTraining
 from lab.methods.latenttts.model import RewardModel
 from lab.methods.latenttts.objective import RewardLoss, collate, recalls, train
 from lab.models.layouts import load
+from lab.sampling.beam import Beam, beam_search
 from lab.sampling.curves import against_vote, curves, passes
 from lab.sampling.labels import Labelling, label
 from lab.sampling.pool import Evaluated, Pool, sample
 from lab.sampling.records import Asked, Layout, dropped_in, read, write
-from lab.sampling.sampler import Sampler
+from lab.sampling.sampler import Sampler, thinker
 from lab.sampling.search import search, tree_trace
 from lab.train import TrainSettings
 
@@ -247,6 +250,27 @@ def test_beam_search_over_a_data_set_resumes(model, judged, pool, tmp_path):
     samples = tree_trace(whole[0], pool.asked[0]).samples
     assert samples["parent"].tolist()[:2] == [-1, -1] and len(samples) == 6
     assert set(samples["parent"].tolist()[2:]) <= {0, 1, 2, 3} and samples["answer"].tolist().count("") >= 5
+
+
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+def test_a_beam_is_worth_what_its_thoughts_are_as_a_sample(model, pool, loss):
+    reward, asked = RewardModel.start(model, loss, seed=1).eval(), pool.asked[:3]
+    with torch.no_grad():
+        reward.parts.classifier.weight.mul_(50)
+    policy = NOISE.wrap(thinker(model, 3))
+    prompt, draws = (
+        Prompt.of_ids(model.decoder, [q.prompt for q in asked]),
+        Keyed.of(0, torch.arange(3).repeat_interleave(6), torch.arange(18)),
+    )
+    how = Beam(beams=2, candidates=3, thoughts=3)
+    found = beam_search(model.decoder, policy, reward.scorer, prompt, draws, how, Budget(thoughts=3, answer=3))
+    kept = [
+        Asked(q.number, q.prompt, paths, torch.tensor([3, 3]), torch.zeros(2).bool())
+        for q, paths in zip(asked, found.thoughts, strict=True)
+    ]
+    sums = torch.stack([steps.sum(-1) for steps in reward.score(kept)])
+    torch.testing.assert_close(found.scores, sums, atol=1e-4, rtol=1e-5)
+    assert bool((sums < 0).all()) or loss == "ce", "log-sigmoids"
 
 
 def test_a_reward_model_of_another_generator_is_refused(judged):

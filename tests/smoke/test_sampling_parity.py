@@ -25,7 +25,7 @@ from lab.models.layouts import load
 from lab.sampling.annotate import annotate
 from lab.sampling.beam import Beam, beam_search
 from lab.sampling.records import Asked
-from lab.sampling.reward import LatentRM, step_loss, total
+from lab.sampling.reward import LatentRM, step_loss
 from lab.sampling.stochastic import Dropout, DropoutRegime, Noise, Noisy, dropout
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "latenttts"
@@ -158,7 +158,7 @@ def test_reward_scores_are_those_of_right_padded_rows(reward):
     logits = reward.rate(prompt, data["latent_embeds"])
     want = data["logits_right"][..., 0][data["right_input_ids"] == LATENT].view(8, 6)
     torch.testing.assert_close(logits, want, atol=5e-5, rtol=0)
-    torch.testing.assert_close(total(logits), data["scores_right"], atol=2e-4, rtol=0)
+    torch.testing.assert_close(logits.sum(-1), data["scores_right"], atol=2e-4, rtol=0)
     torch.testing.assert_close(reward(prompt, data["latent_embeds"]), logits, atol=5e-5, rtol=0)
 
 

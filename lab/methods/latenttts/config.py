@@ -12,7 +12,7 @@ class RewardSettings(Settings):
 
     Attributes:
         generator: the method whose thoughts it reads; fingerprint: of the very model ("" for released files, which do not say).
-        loss: what it was trained with: `ce` contrasts the samples of a question, `bce` judges each alone; scores differ (`total`).
+        loss: what it was trained with: `ce` contrasts the samples of a question, `bce` judges each alone; scores differ (`LatentRM.worth`).
         projector_width: inner width of a CODI generator's projection, 0 = none.
     """
 

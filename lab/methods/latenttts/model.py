@@ -65,7 +65,7 @@ class RewardModel(LatentModel):
     @cached_property
     def scorer(self) -> LatentRM:
         """The model as beam search and training use it; it shares the weights."""
-        return LatentRM(self.backbone, self.parts.projector, self.parts.classifier)
+        return LatentRM(self.backbone, self.parts.projector, self.parts.classifier, self.config.loss)
 
     def generate(self, questions: Sequence[Any], samples: int = 1, **options: Any) -> Any:
         raise SettingsError("A reward model scores thoughts and answers nothing; generate with the model it was trained for.")
@@ -109,7 +109,7 @@ class RewardModel(LatentModel):
         thoughts, counts = question.thoughts.to(self.device, self.backbone.dtype), question.counts.to(self.device)
         prompt = Prompt.of_ids(self.scorer.decoder, [question.prompt])
         rows = [self.scorer.rate(prompt, thoughts[i : i + batch], counts[i : i + batch]) for i in range(0, len(thoughts), batch)]
-        logits = self._scores(torch.cat(rows))
+        logits = self.scorer.worth(torch.cat(rows))
         dead = torch.arange(logits.shape[1], device=logits.device) >= counts[:, None]
         return logits.masked_fill(dead, torch.nan).float().cpu()
 
@@ -117,7 +117,4 @@ class RewardModel(LatentModel):
         thoughts = torch.cat([question.thoughts for question in asked]).to(self.device, self.backbone.dtype)
         prompt = Prompt.of_ids(self.scorer.decoder, [question.prompt for question in asked])
         tails = torch.tensor([1 + len(ids) for question in asked for ids in question.ids], device=self.device)
-        return self._scores(self.scorer.rate_padded(prompt, thoughts, tails)).float().cpu().chunk(len(asked))
-
-    def _scores(self, logits: Tensor) -> Tensor:
-        return torch.nn.functional.logsigmoid(logits) if self.config.loss == "bce" else logits
+        return self.scorer.worth(self.scorer.rate_padded(prompt, thoughts, tails)).float().cpu().chunk(len(asked))
