@@ -39,7 +39,7 @@ class ColarPolicy(Policy):
             chance = torch.softmax(logits / (self.end_temperature or 1.0), -1)[:, self.sep]
             rows.note("stop_prob", chance)
             if self.end_temperature > 0:
-                ends = rows.draws.uniform(rows.thoughts, Stream.STOP) < chance
+                ends = rows.draws.uniform(rows.thoughts + rows.said, Stream.STOP) < chance
         return ends & (rows.thoughts >= self.min_thoughts)
 
     def thought(self, rows: Rows) -> Tensor:
