@@ -133,7 +133,7 @@ def load_pretrained(name: str, dtype: str = "auto") -> "PreTrainedModel":
     options = dict(config=config, dtype=DTYPES.get(dtype, "auto"), attn_implementation="sdpa", trust_remote_code=False)
     options["local_files_only"] = local_only(name)
     try:
-        with _quiet():
+        with quiet():
             model, report = causal_class(config).from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except Exception as error:  # safetensors, OSError, pickle and json errors share no base
         raise CheckpointError(f"Cannot load the weights of {name!r}: {_first_line(error)}") from error
@@ -218,13 +218,13 @@ def _common_values(s: BackboneSettings) -> dict[str, Any]:
 
 def grow(model: "PreTrainedModel", rows: int, multiple: int | None = None) -> None:
     """Gives the embedding table `rows` rows, or up to a `multiple`, new ones drawn around the mean of the old, as transformers does."""
-    with _quiet():
+    with quiet():
         model.resize_token_embeddings(rows, pad_to_multiple_of=multiple)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bar, loading report and notices; what is wrong with the weights is our error to tell."""
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars, loading report and notices; what is wrong with the weights is our error to tell."""
     from transformers.utils import logging as theirs
 
     level, shown = theirs.get_verbosity(), theirs.is_progress_bar_enabled()

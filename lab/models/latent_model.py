@@ -131,8 +131,11 @@ class LatentModel(nn.Module):
     def _write(self, folder: Path, backbone_name: str) -> None:
         from safetensors.torch import save_model
 
+        from lab.models.backbones import quiet
+
         if not backbone_name:
-            self.backbone.save_pretrained(folder)
+            with quiet():
+                self.backbone.save_pretrained(folder)
         if any(True for _ in self.parts.state_dict()):
             save_model(self.parts, str(folder / PARTS))
         if self.tokenizer is not None:

@@ -232,7 +232,7 @@ def _redecided(trace: Trace, sample: tuple[Any, int], threshold: float | None = 
         part = with_threshold(part, threshold)
         notes.append(f"At threshold {threshold:.2f}: {again['iterations'].mean():.3f} passes a token (recorded: {recorded.mean():.3f}).")
         if again["open"].any():
-            notes.append(f"{int(again['open'].sum())} counts are lower bounds: the recorded run stopped there.")
+            notes.append(f"Lower bounds, as the recorded run stopped there: {int(again['open'].sum())}.")
     if gate:
         part = _gates(part, **gate)
         kind = f"Hard gates at threshold {gate['gate_threshold']:.2f}" if gate["hard"] else f"At gate temperature {gate['temperature']:.2f}"

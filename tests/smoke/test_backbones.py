@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from lab.errors import CheckpointError, DeviceError, SettingsError
 from lab.models.backbones import ARCHS, SIZES, check_device, load_backbone, load_config, parameter_count
+from lab.models.latent_model import LatentModel
 from lab.models.tokenizers import add_tokens, byte_tokenizer
 
 IDS = torch.tensor([[5, 7, 11, 13]])
@@ -87,6 +88,11 @@ def test_saved_folder_reloads_exactly(tmp_path, arch, tied):
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(load_backbone(str(tmp_path))), logits(model))
     assert load_backbone(str(tmp_path), dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_saving_shows_no_bar(tmp_path, capfd):
+    LatentModel(load_backbone("toy:gpt2-tiny"), None).save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "model.safetensors").exists() and "Writing" not in "".join(capfd.readouterr())
 
 
 def test_loading_is_quiet_and_leaves_transformers_as_it_was(tmp_path, capfd):

@@ -15,7 +15,7 @@ from lab.errors import CheckpointError, SettingsError, unknown
 from lab.files import write_json
 from lab.methods.adaptive.config import SETTINGS_KEY, TOKENS, AdaptiveSettings, from_official, to_official
 from lab.methods.adaptive.model import AdaptiveModel
-from lab.models.backbones import load_backbone, new_backbone
+from lab.models.backbones import load_backbone, new_backbone, quiet
 from lab.models.latent_model import new_folder, tokenizer_of
 from lab.models.layouts import FolderFiles, Layout
 from lab.models.loading import State, load_exact, read_json, read_state
@@ -192,7 +192,8 @@ def _write_merged(model: AdaptiveModel, folder: Path) -> None:
     from safetensors.torch import save_file
 
     if not model.config.latent:
-        model.backbone.save_pretrained(folder)
+        with quiet():
+            model.backbone.save_pretrained(folder)
     else:
         tied = model.backbone.config.tie_word_embeddings
         state = {f"{_BODY}{k}": v for k, v in model.backbone.state_dict().items() if not (tied and k == "lm_head.weight")}

@@ -12,7 +12,7 @@ from lab.files import writing
 from lab.methods.colar.config import ColarSettings
 from lab.methods.colar.model import ColarModel, separator_id
 from lab.models.answers import check_answers, end_id, tokenizer_from
-from lab.models.backbones import load_backbone, load_config
+from lab.models.backbones import load_backbone, load_config, quiet
 from lab.models.layouts import FolderFiles, Layout
 from lab.models.loading import State, load_exact, part, read_state
 from lab.models.peft_state import merged, plain_names
@@ -143,7 +143,8 @@ def export_latenttts(model: ColarModel, folder: Path | str) -> Path:
     folder, s, backbone = Path(folder), model.config, model.backbone
     with writing(folder):
         backbone.config.latent_intermediate_size, backbone.config.latent_embedding_std = model.parts.head.mean.in_features, s.embeds_std
-        backbone.save_pretrained(folder)
+        with quiet():
+            backbone.save_pretrained(folder)
         head = {f"{RELEASED}{key}": value.detach().clone() for key, value in model.parts.head.state_dict().items() if "log_std" not in key}
         save_file({**read_state(folder), **head}, folder / "model.safetensors", metadata={"format": "pt"})
         if model.tokenizer is not None:

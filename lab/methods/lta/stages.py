@@ -18,7 +18,7 @@ from lab.methods.lta.model import ThoughtModel
 from lab.methods.lta.objective import counter, loss
 from lab.methods.lta.prompting import Pack, Prompted, build, reasoning, shown_to_assistant
 from lab.methods.lta.tasks import dataset
-from lab.models.backbones import load_backbone
+from lab.models.backbones import load_backbone, quiet
 from lab.models.latent_model import model_class
 from lab.models.layouts import load
 from lab.models.tokenizers import load_tokenizer
@@ -39,7 +39,8 @@ def hub_name(name: str) -> tuple[str, str]:
 def toy_base(folder: Path, seed: int, steps: int) -> float:
     """Trains the micro-task's base into `folder`/base; its last loss."""
     base, value = toy.pretrain(seed, steps, Path(folder) / "training-base")
-    base.save_pretrained(Path(folder) / "base")
+    with quiet():
+        base.save_pretrained(Path(folder) / "base")
     return value
 
 

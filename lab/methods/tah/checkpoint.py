@@ -10,7 +10,7 @@ from lab.files import write_json
 from lab.methods.tah.config import ALIASES, TahConfig, read_config
 from lab.methods.tah.deciders import DTYPES, MLPDecider
 from lab.methods.tah.model import TahModel
-from lab.models.backbones import load_backbone
+from lab.models.backbones import load_backbone, quiet
 from lab.models.latent_model import new_folder, tokenizer_of
 from lab.models.layouts import FolderFiles, Layout
 from lab.models.loading import load_exact, read_json, read_state, read_torch
@@ -112,7 +112,8 @@ def save_official(model: TahModel, folder: Path | str, generation: str = "new") 
         if model.tokenizer is not None:
             model.backbone.generation_config.eos_token_id = list(stop_ids(model.tokenizer, model.backbone))
             model.tokenizer.save_pretrained(temporary)
-        model.backbone.save_pretrained(temporary)
+        with quiet():
+            model.backbone.save_pretrained(temporary)
         if model.lora is not None:
             _save_adapter(model, temporary / ADAPTER)
         torch.save(_decider_record(model), temporary / DECIDER)
