@@ -8,7 +8,7 @@ measured, and stands in the table beside what it was given.
 import logging
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -121,24 +121,28 @@ def learn(name: str, begin: Start, budget: Budget) -> tuple[Trained, dict[str, A
         return _trained(train, begin, int(budget.amount))
     with tempfile.TemporaryDirectory() as scratch:
         probes = (1, budget.probe, 3 * budget.probe)  # the first one warms up
-        known = [(steps, _trained(train, replace(begin, folder=Path(scratch)), steps)[1][budget.unit]) for steps in probes][1:]
-    tried: dict[float, tuple[Trained, dict[str, Any]]] = {}
-    while len(tried) < TRIES and min(tried, default=1.0) > MISSED:
-        steps = planned(known, budget.amount)
-        if steps in dict(known):
+        costs = {steps: _trained(train, replace(begin, folder=Path(scratch)), steps)[1][budget.unit] for steps in probes}
+    del costs[1]
+    tried: dict[int, tuple[Trained, dict[str, Any]]] = {}
+    missed: dict[int, float] = {}
+    while len(tried) < TRIES and min(missed.values(), default=1.0) > MISSED:
+        steps = planned(costs, budget.amount)
+        if steps in tried:
             break
-        found = _trained(train, begin, steps)
-        known.append((steps, found[1][budget.unit]))
-        tried[abs(known[-1][1] / budget.amount - 1)] = found
-    return tried[min(tried)]
+        tried[steps] = _trained(train, begin, steps)
+        costs[steps] = tried[steps][1][budget.unit]
+        missed[steps] = abs(costs[steps] / budget.amount - 1)
+    return tried[min(missed, key=missed.__getitem__)]
 
 
-def planned(known: Sequence[tuple[int, float]], amount: float) -> int:
-    """The steps that should cost `amount`, by the line through the two nearest of the `known` (steps, cost).
+def planned(costs: Mapping[int, float], amount: float) -> int:
+    """The steps that should cost `amount`, by the line through two of the `costs` {steps: cost}: those around it, else the nearest.
 
     Where more steps cost less (a disturbed measurement), by what a step costs at least; 0 where nothing costs anything.
     """
-    (steps, cost), (other, its) = sorted(known, key=lambda one: abs(one[1] - amount))[:2]
+    near = sorted(costs.items(), key=lambda one: abs(one[1] - amount))
+    around = [next((one for one in near if (one[1] > amount) == above), None) for above in (False, True)]
+    (steps, cost), (other, its) = around if all(around) else near[:2]
     each = (its - cost) / (other - steps)
     if each <= 0:
         each = min(cost / steps, its / other)

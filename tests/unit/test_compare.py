@@ -76,6 +76,13 @@ def test_a_cost_that_jumps_past_the_budget_ends_with_the_nearest_training(tmp_pa
     assert cost(trained) == spent["tokens"] and abs(cost(trained) - 650_000) == min(abs(cost(steps) - 650_000) for steps in asked[3:])
 
 
+def test_a_budget_as_small_as_a_probe_is_trained_for(tmp_path, monkeypatch):
+    train, asked = fake(lambda steps: 100 * steps + len(asked))
+    monkeypatch.setattr(compare, "entrant", lambda name: train)
+    begin = Start(*(None for _ in fields(Start)[:6]), folder=tmp_path)
+    assert compare.learn("any", begin, compare.Budget(unit="tokens", amount=1200, probe=12))[1]["steps"] == 12 == asked[-1]
+
+
 def test_what_trains_nothing_is_not_tried_again(tmp_path, monkeypatch):
     train, asked = fake(lambda steps: 0)
     monkeypatch.setattr(compare, "entrant", lambda name: train)
@@ -83,9 +90,17 @@ def test_what_trains_nothing_is_not_tried_again(tmp_path, monkeypatch):
     assert compare.learn("start", begin, compare.Budget(unit="tokens", amount=100))[1]["steps"] == 0 and asked[3:] == [0]
 
 
-@pytest.mark.parametrize(("known", "steps"), [([(12, 8), (36, 16)], 288), ([(12, 14), (36, 12)], 270), ([(12, 0), (36, 0)], 0)])
-def test_steps_are_planned_even_where_a_measurement_was_disturbed(known, steps):
-    assert compare.planned(known, 100) == steps
+PLANS = [
+    ({12: 8, 36: 16}, 288),
+    ({12: 14, 36: 12}, 270),
+    ({12: 0, 36: 0}, 0),
+    ({12: 51, 36: 52, 1205: 164}, 537),  # TaH: both probes lie nearer than the training that went too far
+]
+
+
+@pytest.mark.parametrize(("costs", "steps"), PLANS)
+def test_steps_are_planned_even_where_a_measurement_was_disturbed(costs, steps):
+    assert compare.planned(costs, 100) == steps
 
 
 def test_a_method_left_out_says_why_and_has_no_row(tmp_path):
