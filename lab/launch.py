@@ -98,12 +98,9 @@ def launch(
     check_devices(processes)
     with tempfile.TemporaryDirectory(prefix="lab-launch-") as folder:
         _save((processes * nodes, function, arguments), Path(folder) / _ASKED)
-        lines, kills = _Lines(show or _write, on_row), memory.kills()
+        lines = _Lines(show or _write, on_row)
         code = _stream([*_torchrun(processes, nodes, 0, address), folder], lines)
-        if lines.killed and memory.kills() > kills:
-            raise OutOfMemory(f"A process of the launch was {memory.why_killed(kills)}.")
-        how = f"was {memory.why_killed(kills)}" if lines.killed else f"died (exit status {code}); its last lines say why"
-        return _outcome(Path(folder), code, how)
+        return _outcome(Path(folder), lines.death(code) if code else None)
 
 
 def send_row(row: dict[str, Any]) -> None:
@@ -188,17 +185,25 @@ def _read(path: Path) -> Any:
 
 
 class _Lines:
-    """Sorts what the processes write: text goes to `show`, rows to `on_row`; notes whether one of them was `killed`."""
+    """Sorts what the processes write: text goes to `show`, rows to `on_row`; knows how one of them died."""
 
     def __init__(self, show: Callable[[str], Any], on_row: Callable[[dict[str, Any]], Any] | None) -> None:
-        self.show, self.on_row, self.killed = show, on_row, False
+        self.show, self.on_row = show, on_row
+        self._killed, self._kills = False, memory.kills()
 
-    def __call__(self, text: str) -> None:
-        if not text.startswith(_ROW):
-            self.killed |= _KILLED in text
+    def __call__(self, line: str) -> None:
+        text, mark, row = line.partition(_ROW)  # another process may have written without ending its line
+        if text:
+            self._killed |= _KILLED in text
             self.show(text)
-        elif self.on_row is not None:
-            self.on_row(json.loads(text[len(_ROW) :]))
+        if mark and self.on_row is not None:
+            self.on_row(json.loads(row))
+
+    def death(self, code: int) -> DeviceError:
+        """Of a launch that ended with `code`, not 0."""
+        how = f"was {memory.why_killed(self._kills)}" if self._killed else f"died (exit status {code}); its last lines say why"
+        kind = OutOfMemory if self._killed and memory.kills() > self._kills else DeviceError
+        return kind(f"A process of the launch {how}. The others were stopped.")
 
 
 def _stream(command: list[str], show: Callable[[str], Any]) -> int:
@@ -238,12 +243,12 @@ def _write(line: str) -> None:
     sys.stdout.flush()
 
 
-def _outcome(folder: Path, code: int, how: str) -> Any:
-    if (folder / _ERROR).exists():
+def _outcome(folder: Path, death: DeviceError | None) -> Any:
+    if (folder / _ERROR).exists() and not isinstance(death, OutOfMemory):  # which leaves the others with errors of their own
         error = files.read_json(folder / _ERROR)
         raise getattr(errors, error["kind"], LabError)(error["message"])
-    if code:
-        raise DeviceError(f"A process of the launch {how}. The others were stopped.")
+    if death:
+        raise death
     return _read(folder / _RESULT)
 
 
