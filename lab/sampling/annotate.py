@@ -1,8 +1,8 @@
 """Process labels for thoughts: from every prefix of a trajectory, the share of stochastic completions that are right.
 
 `latenttts.md` 2.6. With noise (or no sampler) the prefix is read once and its keys are kept for all completions of all
-steps; the completions from the last thought are one and the same and are decoded once. Under dropout a prefix has no fixed
-keys, so each completion reads it again. Axes: Q questions, N samples, M completions, T thoughts, D width.
+steps; where no word is drawn, the completions from the last thought are one and the same and are decoded once. Under dropout a
+prefix has no fixed keys, so each completion reads it again. Axes: Q questions, N samples, M completions, T thoughts, D width.
 """
 
 from collections.abc import Callable
@@ -51,6 +51,11 @@ def annotate(
     return torch.stack([label.reread(decoder, policy, prompt, step, dropout) for step in range(1, steps + 1)], -1)
 
 
+def _certain(policy: Policy) -> bool:
+    """Whether what follows the last thought is one and the same for all completions."""
+    return policy.sampling.greedy and not getattr(policy, "end_temperature", 0)
+
+
 class _Labels:
     def __init__(self, asked: Tensor, thoughts, judge, rollouts, seed, budget, numbers=None):
         self.asked, self.questions, self.thoughts, self.judge, self.rollouts = asked, len(asked), thoughts, judge, rollouts
@@ -64,7 +69,7 @@ class _Labels:
         for step in range(1, self.thoughts.shape[1] + 1):
             h = decoder(self.thoughts[:, step - 1 : step], pos[:, None], kv).last[:, 0]
             pos = pos + 1
-            copies = 1 if step == self.thoughts.shape[1] else self.rollouts
+            copies = 1 if step == self.thoughts.shape[1] and _certain(policy) else self.rollouts
             again = torch.arange(len(pos), device=pos.device).repeat_interleave(copies)
             room = self.thoughts.shape[1] + min(64, self.budget.answer)
             done = torch.full_like(again, step)

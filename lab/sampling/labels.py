@@ -113,7 +113,7 @@ def _groups(asked: Sequence[Asked], how: Labelling) -> Iterator[tuple[list[Part]
 
 def _completed(model: LatentModel, rows: list[Part], count: int, sampler: Sampler, how: Labelling, rule: str) -> Tensor:
     fixed = None if model.method == "colar" else count
-    policy = sampler.wrap(thinker(model, fixed))
+    policy = thinker(model, fixed, sampler)
     thoughts = torch.cat([question.thoughts[at, :count] for question, at in rows])
 
     def right(number: int, ids: list[int]) -> bool:

@@ -95,28 +95,32 @@ def fixed_count(model: LatentModel, thoughts: int = 0) -> int | None:
     return model.config.num_latent if model.method == "codi" else getattr(model.config, "fixed_count", None)
 
 
-def thinker(model: LatentModel, count: int | None) -> Policy:
-    """The policy that makes `count` thoughts (None = as many as the model wants) and answers greedily.
+def thinker(model: LatentModel, count: int | None, sampler: Sampler | None = None) -> Policy:
+    """The policy that makes `count` thoughts (None = as many as the model wants) and draws what `sampler` does; None: nothing.
 
     Raises SettingsError for a method whose thoughts do not stand at positions of their own before the answer.
     """
+    words = Sampling(temperature=0.0 if sampler is None else sampler.temperature)
     if model.method == "colar":
         from lab.methods.colar.policy import ColarPolicy
 
-        return ColarPolicy(model, Sampling(), 0.0, 0.0)
-    if model.method == "coconut":
+        own = float(sampler is not None and sampler.by == "own")
+        policy = ColarPolicy(model, words, own, own)
+    elif model.method == "coconut":
         from lab.methods.coconut import policy as coconut
 
-        return coconut.policy(model.decoder, model.config, count)
-    if model.method == "codi":
+        policy = coconut.policy(model.decoder, model.config, count, words)
+    elif model.method == "codi":
         from lab.methods.codi import policy as codi
 
-        return codi.policy(model, count)
-    if model.method == "adaptive":
+        policy = codi.policy(model, count, words)
+    elif model.method == "adaptive":
         from lab.methods.adaptive import policy as adaptive
 
-        return adaptive.policy(model, count=count)
-    raise SettingsError(f"Method {model.method!r} makes no thoughts before its answer that could be scored one by one; vote instead.")
+        policy = adaptive.policy(model, words, count=count)
+    else:
+        raise SettingsError(f"Method {model.method!r} makes no thoughts before its answer that could be scored one by one; vote instead.")
+    return policy if sampler is None else sampler.wrap(policy)
 
 
 def placeholder(model: LatentModel) -> int:

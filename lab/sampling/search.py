@@ -42,8 +42,11 @@ def search(
     Args:
         asked: the questions, with prompt and gold answer; their samples are not used.
         batch: candidates at a time. processes: share the questions, each with copies of the models and a device of its own.
-    Raises: SettingsError for a model that decides itself how many thoughts it makes; CheckpointError for a foreign reward model.
+    Raises: SettingsError for a model that decides itself how many thoughts it makes, and for a sampler that leaves thoughts as they are;
+        CheckpointError for a foreign reward model.
     """
+    if sampler.by == "own":
+        raise SettingsError("Beam search chooses among thoughts, and by='own' makes them all alike; sample by noise or dropout.")
     count = fixed_count(model, thoughts)
     if count is None:
         raise SettingsError("Beam search compares thoughts of equal number; this model stops when it likes. Give thoughts=…, or vote.")
@@ -84,7 +87,7 @@ def _gathered(path: Path) -> list[dict[str, Any]]:
 
 
 def _run(model, reward: RewardModel, group: Sequence[Asked], sampler: Sampler, settings: Beam, answer: int) -> BeamResult:
-    policy = sampler.wrap(thinker(model, settings.thoughts))
+    policy = thinker(model, settings.thoughts, sampler.but(temperature=0.0))
     each = settings.beams * settings.candidates
     number = torch.tensor([question.number for question in group], device=model.device).repeat_interleave(each)
     draws = Keyed.of(sampler.seed, number, torch.arange(each, device=model.device).repeat(len(group)))

@@ -118,6 +118,26 @@ def test_labels_do_not_depend_on_the_batch_and_agree_with_the_verdict_at_the_end
             torch.testing.assert_close(a.labels[:, -1], a.corrects.float())
 
 
+def test_completions_draw_what_the_samples_draw(model, pool, data, tmp_path):
+    """Words at a temperature, or CoLaR's own thoughts and end: labels between 0 and 1, at the last thought too."""
+    drawn, how = Sampler(by="own", temperature=1.5), Labelling(**{**vars(HOW), "rollouts": 8})
+    labels = torch.cat([q.labels for q in label(model, pool, drawn, how, tmp_path / "words")])
+    assert bool(((labels[:, -1] > 0) & (labels[:, -1] < 1)).any())
+    thinks = colar.untrained("toy:llama", 0, ColarSettings.check(lora_r=0, max_compression_factor=3, lp_intermediate_size=32))
+    own = sample(thinks, colar.examples("test", 4, 0), Sampler(by="own"), 3, tmp_path / "pool", thoughts=6, max_new_tokens=3)
+    seen = []
+
+    class Seen(Sampler):
+        def wrap(self, policy):
+            seen.append((policy.latent_temperature, policy.end_temperature))
+            return super().wrap(policy)
+
+    label(thinks, own, Seen(by="own"), HOW, tmp_path / "thoughts")
+    assert set(seen) == {(1.0, 1.0)}
+    with pytest.raises(SettingsError, match="makes them all alike"):
+        search(model, RewardModel.start(model), pool.asked, drawn, 2, 2, tmp_path, rule="latenttts-coconut")
+
+
 def test_completions_of_the_annotation_regime_are_answered_under_dropout(model, pool, tmp_path):
     heavy = [Sampler(by="dropout", strength=0.6, regime=regime) for regime in ("annotation", "annotation-rollouts")]
     ours, official = (label(model, pool, sampler, HOW, tmp_path / sampler.regime) for sampler in heavy)
