@@ -32,5 +32,5 @@ def test_rl_shortens_thoughts_at_equal_accuracy(tmp_path):
         )
         assert result.row["logp_gap"] <= 1e-4
         after[name], _ = report.evaluate(trained, test, max_new_tokens=16)
-    assert after["given"]["score"] >= before["score"] - 0.02 and after["given"]["thoughts"] <= 0.65 * before["thoughts"]
+    assert after["given"]["score"] >= before["score"] - 0.05 and after["given"]["thoughts"] <= 0.65 * before["thoughts"]
     assert after["no length reward"]["thoughts"] >= 0.8 * before["thoughts"]
