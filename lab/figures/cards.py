@@ -2,6 +2,8 @@
 
 import shutil
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -105,23 +107,26 @@ def _folded(part: pd.DataFrame) -> dict[str, Any]:
 
 def photograph(view: Path, picture: Path) -> Path:
     """A saved view as a browser shows it, light; SettingsError where playwright or Chromium is not installed."""
+    way = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if way is None or find_spec("playwright") is None:
+        raise SettingsError("A picture of a view needs a browser: pip install playwright, and apt-get install chromium.")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(1) as apart:  # playwright refuses the thread of a notebook, where an event loop runs
+        apart.submit(_shoot, way, view.read_text("utf-8"), picture).result()
+    return picture
+
+
+def _shoot(browser_path: str, view: str, picture: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
     from lab.view.base import document
 
-    way = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        way = None
-    if way is None:
-        raise SettingsError("A picture of a view needs a browser: pip install playwright, and apt-get install chromium.")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=way, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": WIDTH, "height": 600}, device_scale_factor=2)
-        page.set_content(document("view", view.read_text("utf-8"), "light"))
-        picture.parent.mkdir(parents=True, exist_ok=True)
+        page.set_content(document("view", view, "light"))
         page.locator(".lab-view").first.screenshot(path=picture)
         browser.close()
-    return picture
 
 
 def _file(record: StepRecord, folder: str, name: str) -> Path:

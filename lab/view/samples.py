@@ -183,24 +183,36 @@ def versus(first: Trace, second: Trace, names: tuple[str, str] | None = None, li
 
 
 def tree(rows: pd.DataFrame) -> str:
-    """Nested lists of a question's samples, each under the one it grew from, with its score; samples without an answer are dimmed."""
+    """Nested lists of a question's samples, each under the one it grew from, with its score; those no answer grew from are dimmed."""
     children: dict[int, list[dict[str, Any]]] = {}
     known = set(rows["sample"])
     for row in rows.to_dict("records"):
         children.setdefault(row["parent"] if row["parent"] in known and row["parent"] != row["sample"] else -1, []).append(row)
-    return _branch(children, children.get(-1, []), set())
+    return _branch(children, children.get(-1, []), set(), _survived(rows))
 
 
-def _branch(children: dict[int, list[dict[str, Any]]], rows: Sequence[dict[str, Any]], seen: set[int]) -> str:
+def _survived(rows: pd.DataFrame) -> set[int]:
+    """The samples with an answer, and what these grew from."""
+    parents = dict(zip(rows["sample"], rows["parent"], strict=True))
+    kept: set[int] = set()
+    for sample in rows["sample"][rows["answer"] != ""]:
+        while sample in parents and sample not in kept:
+            kept.add(sample)
+            sample = parents[sample]
+    return kept
+
+
+def _branch(children: dict[int, list[dict[str, Any]]], rows: Sequence[dict[str, Any]], seen: set[int], kept: set[int]) -> str:
     items = []
     for row in rows:
         if row["sample"] not in seen:
             seen.add(row["sample"])
             score = "" if row["score"] != row["score"] else f" <small>score {number(row['score'])}</small>"
             answer = f" <b>{escape(row['answer'])}</b> {verdict(row['correct'])}" if row["answer"] else ""
-            dim = "" if answer else ' class="soft"'
+            mark = "kept" if row["sample"] in kept else "soft"
+            below = _branch(children, children.get(row["sample"], []), seen, kept)
             name = escape(row["text"][:60]) or f"sample {row['sample']}"
-            items.append(f"<li{dim}>{name}{score}{answer}{_branch(children, children.get(row['sample'], []), seen)}</li>")
+            items.append(f'<li class="{mark}">{name}{score}{answer}{below}</li>')
     return f'<ul class="tree">{"".join(items)}</ul>' if items else ""
 
 

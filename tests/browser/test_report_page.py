@@ -1,9 +1,13 @@
 """The report and an executed notebook, opened from disk with the network off: both themes, desk and phone."""
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
 import pandas as pd
 import pytest
 
 from lab import figures, report, steps, view
+from lab.figures import cards
 from lab.notebooks import execute
 from lab.trace import Trace
 
@@ -60,3 +64,14 @@ def test_an_executed_notebooks_page_follows_the_theme_without_a_network(bench, t
     assert one.page.get_by_text("drawing 2/2 100%").is_visible()
     red = int(one.page.evaluate("getComputedStyle(document.body).backgroundColor").split("(")[1].split(",")[0])
     assert (red > 200) == (theme == "light")
+
+
+@pytest.mark.usefixtures("chromium")
+def test_a_view_is_photographed_where_an_event_loop_runs_as_in_a_notebook(tmp_path):
+    (tmp_path / "view.html").write_text('<section class="lab-view">hello</section>')
+
+    async def inside():
+        return cards.photograph(tmp_path / "view.html", tmp_path / "view.png")
+
+    with ThreadPoolExecutor(1) as notebook:
+        assert notebook.submit(asyncio.run, inside()).result().stat().st_size > 1000

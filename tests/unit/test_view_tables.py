@@ -172,6 +172,13 @@ def test_beams_hang_under_their_parents_and_loops_end():
     assert view.samples(answered(parent=[1, 0, -1, -1])).html().count("<li") == 2
 
 
+def test_what_an_answer_grew_from_stands_out_of_a_search():
+    rows = [("", -1), ("", -1), ("7", 0), ("", 1), ("", 0)]
+    beams = [{"question": "q", "sample": s, "answer": answer, "parent": parent} for s, (answer, parent) in enumerate(rows)]
+    page = view.samples(Trace.build("latenttts", samples=beams)).html()
+    assert re.findall(r'<li class="(\w+)">sample (\d)', page) == [("kept", "0"), ("kept", "2"), ("soft", "4"), ("soft", "1"), ("soft", "3")]
+
+
 def test_who_got_what_wrong():
     drawn = view.versus(answered(), answered("1", ("2", "2", "1", "1")), names=("A", "B"))
     assert drawn.counts() == {(True, True): 1, (True, False): 1, (False, True): 1, (False, False): 1}
