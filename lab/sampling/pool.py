@@ -54,6 +54,8 @@ def sample(
     """
     folder, rule = Path(folder), rule or RULES.get(model.method, "codi")
     _check(n, examples, shard)
+    if n > 1 and sampler.by == "own" and not sampler.temperature and model.method not in ("colar", "dtt"):
+        raise SettingsError(f"A {model.method} model's own randomness is in its words: give a temperature above 0, or noise or dropout.")
     options = {**sampler.options(model, thoughts), "batch": max(batch, n), "vectors": True, **budget}
     own(folder, _facts(model, examples, sampler, n, rule, thoughts, chunk, budget))
     numbers = range(shard[0], math.ceil(len(examples) / chunk), shard[1])

@@ -134,6 +134,8 @@ def test_completions_draw_what_the_samples_draw(model, pool, data, tmp_path):
 
     label(thinks, own, Seen(by="own"), HOW, tmp_path / "thoughts")
     assert set(seen) == {(1.0, 1.0)}
+    with pytest.raises(SettingsError, match="temperature above 0"):
+        sample(model, data, Sampler(by="own"), 2, tmp_path / "equal")
     with pytest.raises(SettingsError, match="makes them all alike"):
         search(model, RewardModel.start(model), pool.asked, drawn, 2, 2, tmp_path, rule="latenttts-coconut")
 
