@@ -56,7 +56,7 @@ class Samples(View):
         more = f'<p class="soft">{hidden} more samples: raise limit=.</p>' if hidden > 0 else ""
         asked = self.rows["prompt"].unique()
         prompt = f'<p class="asked" dir="auto">{escape(asked[0])}</p>' if len(asked) == 1 and asked[0] else ""
-        return f'<p class="note">{escape(self.state())}</p>{prompt}{self._grid()}{more}{self._trees()}'
+        return f'<p class="note">{escape(self.state())}</p>{prompt}{self._trees()}{self._grid()}{more}'
 
     @property
     def grown(self) -> bool:
