@@ -83,7 +83,7 @@ class Board:
         self._took: dict[str, float] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._drawing = threading.Lock()
+        self._drawing = threading.Lock()  # held by whoever counts or draws: runs end in threads of their own
         self._began = time.monotonic()
 
     def __enter__(self) -> "Board":
@@ -98,10 +98,11 @@ class Board:
     @contextlib.contextmanager
     def running(self, task: Task):
         """Counts `task` as running within."""
-        self._active[task.name] = time.monotonic()
-        yield
-        self._took[task.name] = time.monotonic() - self._active.pop(task.name)
         with self._drawing:
+            self._active[task.name] = time.monotonic()
+        yield
+        with self._drawing:
+            self._took[task.name] = time.monotonic() - self._active.pop(task.name)
             ended = "failed after" if task.name in self.failed else "done in"
             self.display.end(f"{self._count()} · {task.name} {ended} {clock(self._took[task.name])}{self._left_text()}")
 
@@ -113,7 +114,7 @@ class Board:
 
     def text(self) -> str:
         """The count and the table now."""
-        active = [self._row(task) for task in self.tasks if task.name in list(self._active)]
+        active = [self._row(task) for task in self.tasks if task.name in self._active]
         return self._count() + self._left_text() + ("\n" + table_text(active) if active else "")
 
     def _row(self, task: Task) -> Row:

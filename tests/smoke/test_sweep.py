@@ -132,6 +132,17 @@ def test_the_board_shows_every_run_under_way(tmp_path):
     assert all(word in text for word in ("train 2/4", "steps 5/20", "loss 0.7", "2.0 GiB", "cpu", "left"))
 
 
+def test_runs_that_end_at_once_are_all_counted(tmp_path):
+    tasks = [pool.Task(str(number), "mini", "toy", {}, tmp_path, 1.0) for number in range(400)]
+    engine = Scripted([""] * 400)
+    engine.slots, before = 16, sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        assert pool.run_tasks("t", tasks, engine) == {} and len(engine.commands) == 400
+    finally:
+        sys.setswitchinterval(before)
+
+
 def test_an_interrupted_sweep_stops_its_runs_and_the_same_command_takes_them_up(bench):
     out = sweep.sweep_folder("mini", "toy-claims")
     command = [sys.executable, "-m", "lab.cli", "sweep", "mini", "-p", "seed=0,1,2", "-p", "pause_s=20", "-p", "count=2", "--jobs", "2"]
