@@ -363,7 +363,7 @@ def test_training_does_not_depend_on_the_micro_batch(tmp_path: Path, kind: str):
     """The deviation that scales the distances is the whole batch's; the official code takes each micro-batch's own."""
     ours = [_trained(tmp_path / f"ours-{micro}", micro, distill_loss_type=kind) for micro in (1, 2, 4)]
     for weights in ours[1:]:
-        torch.testing.assert_close(weights, ours[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(weights, ours[0], atol=4e-5, rtol=1e-4)
     official = [_trained(tmp_path / f"official-{micro}", micro, distill_loss_type=kind, compat="codi") for micro in (2, 4)]
     assert (official[0] - official[1]).abs().max() > 1e-4
 

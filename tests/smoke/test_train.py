@@ -77,8 +77,8 @@ def test_micro_batches_do_not_change_anything(tmp_path, micro):
     whole, split = Tiny(), Tiny()
     fit(whole, rows(), collate, loss, settings(), tmp_path / "a")
     fit(split, rows(), collate, loss, settings(micro_batch=micro), tmp_path / "b")
-    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-6)
-    assert torch.allclose(weights(whole), weights(split), atol=1e-6)
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-5)
+    assert torch.allclose(weights(whole), weights(split), atol=1e-5)
 
 
 def test_the_loss_is_a_mean_over_tokens_not_over_micro_batches(tmp_path):
@@ -107,7 +107,7 @@ def test_components_with_different_denominators(tmp_path):
         fit(model, same_width, collate, two, settings(micro_batch=micro), tmp_path / str(micro), count=count)
         found.append((losses(tmp_path / str(micro)), weights(model)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    assert torch.allclose(found[0][1], found[1][1], atol=1e-6)
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-5)
 
 
 class Killed(Exception):
@@ -167,7 +167,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(tmp_path,
     assert result.micro_batch == 2 and "halved to 2" in caplog.text
     halvings = [row for row in files.read_lines(tmp_path / "b" / "metrics.jsonl") if row.get("event") == "out_of_memory"]
     assert [(row["step"], row["micro_batch"]) for row in halvings] == [(1, 4), (1, 2)]
-    assert torch.allclose(weights(roomy), weights(tight), atol=1e-6)
+    assert torch.allclose(weights(roomy), weights(tight), atol=1e-5)
 
     def hopeless(model, batch):
         raise torch.OutOfMemoryError("injected")

@@ -3,6 +3,7 @@
 import socket
 import time
 
+import huggingface_hub.constants  # noqa: F401 - reads the environment once: now, and not what a test sets
 import pytest
 
 from lab import hub
