@@ -109,16 +109,21 @@ def sweep(
     option: Annotated[list[str], typer.Option("--option", "-o", metavar="NAME=VALUE", help=OPTION)] = [],  # noqa: B006
     folder: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The sweep's folder.")] = None,
     retries: Annotated[int, typer.Option(min=0, help="How often a run that failed is taken up again.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which runs there would be, and what they need.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run recipes over seeds and parameters, one process a run; the same command again takes up what is left."""
-    from lab import engines
+    from lab import engines, tables
     from lab import sweep as sweeps
 
     out = folder or sweeps.sweep_folder(paper, recipe)
     listed = sweeps.read_points(points) if points else None
     needs = engines.Needs(gpus, cpus, memory, timeout)
     chosen = engines.engine(engine, out / ".jobs", jobs, [d for d in devices.split(",") if d], needs, address, _overrides(option))
+    if dry_run:
+        rows = sweeps.preview(paper, recipe, _overrides(values), out, listed)
+        _show({"folder": str(out), "runs": rows}, f"{tables.table_text(rows)}\n\n{len(rows)} runs into {out}", as_json)
+        return
     result = sweeps.run_sweep(paper, recipe, _overrides(values), chosen, out, retries, listed=listed)
     _show(result.as_json(), result.text(), as_json)
     if result.failed:

@@ -76,16 +76,41 @@ def run_sweep(
     engine: Local() unless given. folder: default `sweep_folder`. retries: see `run_tasks`. Everything is checked before the first run
     starts: SettingsError.
     """
-    points = points_of(paper, recipe, values or {}, listed)
-    plans = [papers.plan(point.paper, point.recipe, point.values) for point in points]
-    folder = make_folder((folder or sweep_folder(paper, recipe)).resolve())
-    tasks = _tasks(points, folder)
+    folder = (folder or sweep_folder(paper, recipe)).resolve()
+    tasks, plans = _planned(points_of(paper, recipe, values or {}, listed), folder)
+    make_folder(folder)
     result = _run(f"{paper} {recipe}", tasks, plans, engine or Local(), folder, retries, show)
     result.figures = _figures(result.rows, folder / "figures")
     write_json(folder / "sweep.json", result.as_json())
     if done := [path for name, path in result.runs.items() if name not in result.failed]:
         report.write(done, folder / REPORT)
     return result
+
+
+def preview(paper: str, recipe: str, values: dict[str, str], folder: Path, listed: list[dict[str, Any]] | None = None) -> list[Row]:
+    """What `run_sweep` would do, a row a point: whether its run is finished, broken off or new, and what its trainings will need."""
+    tasks, plans = _planned(points_of(paper, recipe, values, listed), folder.resolve())
+    rows = []
+    for task, plan in zip(tasks, plans, strict=True):
+        state = "finished" if is_finished(task.folder, plan) else "taken up" if task.folder.exists() else "new"
+        rows.append({"run": task.name, "state": state, **_needs(task)})
+    return rows
+
+
+def _needs(task: Task) -> Row:
+    """The most memory and all hours of a run's trainings, as far as they can be estimated."""
+    from lab.estimate import estimate
+
+    found = [row for row in estimate(task.paper, task.recipe, task.overrides) if "hours" in row]
+    if not found:
+        return {}
+    most = max(found, key=lambda row: row["all GiB"])
+    return {"GiB a device": round(most["all GiB"], 2), "fits": most["fits"], "hours here": round(sum(row["hours"] for row in found), 2)}
+
+
+def _planned(points: list[Point], folder: Path) -> tuple[list[Task], list[list[papers.Planned]]]:
+    """The runs of a sweep and the steps of each; SettingsError for one that cannot be planned."""
+    return _tasks(points, folder), [papers.plan(point.paper, point.recipe, point.values) for point in points]
 
 
 def _run(

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from lab import files, memory, pool, sweep
+from lab import cli, files, memory, pool, sweep
 from lab.engines import Local, Needs, Slurm
 from lab.errors import BusyError, DeviceError, SettingsError
 from lab.records import StepRecord, results_of
@@ -34,6 +36,21 @@ def test_runs_go_side_by_side_a_failure_stands_alone_and_a_second_sweep_only_rep
     token = StepRecord(first.runs["fail=false,seed=0"] / "double").info["token"]
     second = sweep.run_sweep("mini", "toy-claims", {"seed": "0", "fail": "false"})
     assert not second.failed and StepRecord(second.runs["fail=false,seed=0"] / "double").info["token"] == token
+
+
+def test_a_dry_run_says_which_runs_there_would_be_and_touches_nothing(bench, outputs):
+    runner, asked = CliRunner(), ["sweep", "mini", "--recipe", "toy-claims", "-p", "seed=0,1", "-p", "fail=false"]
+    told = json.loads(runner.invoke(cli.app, [*asked, "--dry-run", "--json"]).stdout)
+    assert [run["state"] for run in told["runs"]] == ["new", "new"] and not outputs.exists()
+    sweep.run_sweep("mini", "toy-claims", {"seed": "0", "fail": "false"})
+    (Path(told["folder"]) / told["runs"][1]["run"]).mkdir()
+    again = runner.invoke(cli.app, [*asked, "--dry-run"])
+    assert "finished" in again.stdout and "taken up" in again.stdout and "2 runs into" in again.stdout
+
+
+def test_a_dry_run_says_what_the_trainings_of_each_run_need(tmp_path):
+    rows = sweep.preview("codi", "smoke", {"seed": "0,1"}, tmp_path)
+    assert len(rows) == 2 and all(row["fits"] and row["GiB a device"] >= 0 and row["hours here"] >= 0 for row in rows)
 
 
 class Scripted(Local):
