@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 
 from lab import files, papers, reported
@@ -150,7 +151,8 @@ def planned(costs: Mapping[int, float], amount: float) -> int:
 
 
 def _trained(train: Any, begin: Start, steps: int) -> tuple[Trained, dict[str, Any]]:
-    """What a training of so many steps made, and took; its folder is named by them."""
+    """What a training of so many steps made, and took; its folder is named by them, its new weights do not depend on earlier trainings."""
+    torch.manual_seed(begin.how.seed)
     own = replace(begin, meter=Meter(), folder=begin.folder / f"{steps}-steps")
     trained, meter = train(own, steps), own.meter
     took = {"tokens": meter.tokens, "seconds": round(meter.seconds, 2), "cpu_seconds": round(meter.cpu_seconds, 2)}

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from lab import compare
 from lab.data.source import Source
@@ -41,6 +42,15 @@ def test_what_was_measured_is_not_measured_again_and_a_wrong_name_comes_first(be
     with pytest.raises(SettingsError, match="Unknown method to compare"):
         compare.run(["no_cot", "codee"], begin, budget, test, tmp_path / "other", DECODING)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_method_learns_the_same_alone_and_after_others(begin, tmp_path):
+    made = []
+    for others in ([], ["cot", "colar"]):
+        for name in [*others, "codi"]:
+            trained, _ = compare.learn(name, replace(begin, folder=tmp_path / f"{len(made)}" / name), compare.Budget(amount=2))
+        made.append(trained.model.state_dict())
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
 
 
 def test_a_start_without_a_mistake_leaves_tah_out(begin, tmp_path, monkeypatch):
