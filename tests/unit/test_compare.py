@@ -9,6 +9,7 @@ from lab import compare, reported
 from lab.data.source import Source
 from lab.entrants import ENTRANTS, Start, entrant
 from lab.errors import SettingsError
+from lab.train import TrainSettings
 from lab.view import palette
 
 
@@ -58,7 +59,7 @@ def labels_then_stages(steps):
 def test_a_budget_holds_whatever_steps_cost(cost, unit, tmp_path, monkeypatch):
     train, asked = fake(cost, unit)
     monkeypatch.setattr(compare, "entrant", lambda name: train)
-    begin = Start(*(None for _ in fields(Start)[:6]), folder=tmp_path)
+    begin = Start(*(None for _ in fields(Start)[:5]), how=TrainSettings(steps=1), folder=tmp_path)
     trained, spent = compare.learn("any", begin, compare.Budget(unit=unit, amount=800_000, probe=12))
     assert abs(spent[unit] / 800_000 - 1) <= compare.MISSED and spent[unit] == pytest.approx(cost(trained), rel=1e-6)
     assert len(asked) <= 3 + compare.TRIES, "three probes, and two corrections at most"
@@ -71,7 +72,7 @@ def test_a_cost_that_jumps_past_the_budget_ends_with_the_nearest_training(tmp_pa
 
     train, asked = fake(cost)
     monkeypatch.setattr(compare, "entrant", lambda name: train)
-    begin = Start(*(None for _ in fields(Start)[:6]), folder=tmp_path)
+    begin = Start(*(None for _ in fields(Start)[:5]), how=TrainSettings(steps=1), folder=tmp_path)
     trained, spent = compare.learn("any", begin, compare.Budget(unit="tokens", amount=650_000))
     assert cost(trained) == spent["tokens"] and abs(cost(trained) - 650_000) == min(abs(cost(steps) - 650_000) for steps in asked[3:])
 
@@ -79,14 +80,14 @@ def test_a_cost_that_jumps_past_the_budget_ends_with_the_nearest_training(tmp_pa
 def test_a_budget_as_small_as_a_probe_is_trained_for(tmp_path, monkeypatch):
     train, asked = fake(lambda steps: 100 * steps + len(asked))
     monkeypatch.setattr(compare, "entrant", lambda name: train)
-    begin = Start(*(None for _ in fields(Start)[:6]), folder=tmp_path)
+    begin = Start(*(None for _ in fields(Start)[:5]), how=TrainSettings(steps=1), folder=tmp_path)
     assert compare.learn("any", begin, compare.Budget(unit="tokens", amount=1200, probe=12))[1]["steps"] == 12 == asked[-1]
 
 
 def test_what_trains_nothing_is_not_tried_again(tmp_path, monkeypatch):
     train, asked = fake(lambda steps: 0)
     monkeypatch.setattr(compare, "entrant", lambda name: train)
-    begin = Start(*(None for _ in fields(Start)[:6]), folder=tmp_path)
+    begin = Start(*(None for _ in fields(Start)[:5]), how=TrainSettings(steps=1), folder=tmp_path)
     assert compare.learn("start", begin, compare.Budget(unit="tokens", amount=100))[1]["steps"] == 0 and asked[3:] == [0]
 
 
