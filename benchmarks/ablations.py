@@ -10,8 +10,8 @@ import re
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from lab import papers
 from lab.ablation import ablate, subject_of
+from lab.running import papers
 
 TABLES = (("own", "vector"), ("own", "thought"), ("own", "corrupted into clean"))
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from lab import papers
+from lab.running import papers
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 INTRO = """# Notebooks

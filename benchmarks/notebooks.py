@@ -21,7 +21,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from lab.pipeline import run_recipe
-from lab.runs import open_run
+from lab.running.runs import open_run
 from lab.sweep import run_sweep
 
 IMPORTS = "import torch\nfrom transformers import AutoModelForCausalLM, Trainer\nimport matplotlib.pyplot\nimport lab\n"

@@ -13,7 +13,7 @@ _OBJECTS = {
     "load_tokenizer": "lab.models.tokenizers:load_tokenizer",
     "load_benchmark": "lab.data.benchmarks:load_benchmark",
     "begin": "lab.steps:begin",  # the step a notebook is
-    "open_run": "lab.runs:open_run",
+    "open_run": "lab.running.runs:open_run",
     "run": "lab.pipeline:run_recipe",  # a paper's recipe, from its plan to its report
     "Trace": "lab.trace:Trace",
 }

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab import papers, pipeline, provenance
+from lab import pipeline
 from lab.errors import RunError
 from lab.files import file_digest, make_folder, read_json
-from lab.records import results_of
-from lab.runs import open_run
+from lab.running import papers, provenance
+from lab.running.records import results_of
+from lab.running.runs import open_run
 from lab.tables import Row, arms, table_text
 
 FREE_GIB = 2.0  # below this the doctor complains

@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lab import completion
 from lab.errors import Interrupted, LabError
+from lab.running import completion
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, help="A workbench for latent reasoning.")
 
@@ -113,8 +113,9 @@ def sweep(
     as_json: AsJson = False,
 ) -> None:
     """Run recipes over seeds and parameters, one process a run; the same command again takes up what is left."""
-    from lab import engines, tables
     from lab import sweep as sweeps
+    from lab import tables
+    from lab.running import engines
 
     out = folder or sweeps.sweep_folder(paper, recipe)
     listed = sweeps.read_points(points) if points else None
@@ -136,8 +137,9 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Run the toy recipe of every paper in papers/demo.yaml, then write one report."""
-    from lab import provenance, report
+    from lab import report
     from lab import sweep as sweeps
+    from lab.running import provenance
 
     result = sweeps.run_demo(jobs or min(4, os.cpu_count() or 1))
     done = [folder for name, folder in result.runs.items() if name not in result.failed]
@@ -150,7 +152,7 @@ def demo(
 @app.command()
 def papers(as_json: AsJson = False) -> None:
     """List papers with their steps and recipes."""
-    from lab import papers as shelf
+    from lab.running import papers as shelf
 
     found = {}
     for key in shelf.papers():
@@ -235,7 +237,7 @@ def _check_line(check: dict[str, Any]) -> str:
 
 
 def _overrides(values: list[str]) -> dict[str, str]:
-    from lab.papers import split_override
+    from lab.running.papers import split_override
 
     return dict(split_override(item) for item in values)
 
@@ -266,7 +268,7 @@ def main() -> None:
 
 
 def _end_with(parent: int) -> None:
-    from lab.kernels import end_with_parent
+    from lab.running.kernels import end_with_parent
 
     end_with_parent(signal.SIGTERM)
     if os.getppid() != parent:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from lab import files, papers, reported
+from lab import files, reported
 from lab.backends import Latent
 from lab.config import Settings
 from lab.data.examples import Dataset, Example
@@ -25,9 +25,10 @@ from lab.data.source import Source
 from lab.entrants import ENTRANTS, Start, Trained, entrant
 from lab.errors import DataError, TrainingError
 from lab.evaluate import Decoding, evaluate, read_samples
-from lab.meter import Meter
+from lab.running import papers
 from lab.stats import proportion_interval
 from lab.train import TrainSettings
+from lab.training.meter import Meter
 
 log = logging.getLogger(__name__)
 

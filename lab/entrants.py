@@ -16,8 +16,8 @@ import torch
 from lab.data.examples import Dataset, Example
 from lab.errors import unknown
 from lab.latent.plan import IGNORE, Row
-from lab.meter import Meter
 from lab.train import TrainSettings
+from lab.training.meter import Meter
 
 LEARNED = 0.98  # share of exact held-out rows at which COCONUT's stage ends
 

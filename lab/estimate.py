@@ -89,7 +89,7 @@ def trainings(paper: str, settings: Mapping[str, Values]) -> list[Training]:
 
 def estimate(paper: str, recipe: str, overrides: Mapping[str, str] | None = None, *, measure: bool = True) -> list[dict[str, Any]]:
     """A row for each training of a recipe (see `row`). Raises SettingsError for what cannot be planned."""
-    from lab import papers
+    from lab.running import papers
 
     settings = {planned.step: planned.values for planned in papers.plan(paper, recipe, overrides or {})}
     return [row(training, measure=measure) for training in trainings(paper, settings)]

@@ -27,14 +27,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from lab import errors, files, kernels, memory
+from lab import errors, files
 from lab.errors import DeviceError, LabError, OutOfMemory, SettingsError
+from lab.running import kernels, memory
 
 Value = TypeVar("Value")
 
 _ASKED, _RESULT, _ERROR = "asked.pt", "result.pt", "error.json"
 _ROW = "\x1erow "  # begins a line that is a row for the parent's `on_row`, not text to show
-_TORCHRUN = "from lab.kernels import end_with_parent; end_with_parent(15); from torch.distributed.run import main; main()"
+_TORCHRUN = "from lab.running.kernels import end_with_parent; end_with_parent(15); from torch.distributed.run import main; main()"
 _KILLED = "Signal 9 (SIGKILL)"  # how torchrun tells of it
 
 

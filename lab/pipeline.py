@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lab import kernels, papers, report, runs
+from lab import report
 from lab.errors import Interrupted, LabError, RunError, unknown
 from lab.files import make_folder, read_json, sketch_json
-from lab.pool import LIVE
 from lab.progress import Display, clock, display
-from lab.records import fingerprint
+from lab.running import kernels, papers, runs
+from lab.running.pool import LIVE
+from lab.running.records import fingerprint
 from lab.tables import number_text
 
 REPORT = "report.html"
@@ -201,7 +202,7 @@ def _belongs_to(run: runs.Run) -> Iterator[None]:
 
 
 def _run_step(run: runs.Run, planned: papers.Planned, forced: bool, live: "Live") -> None:
-    from lab.notebooks import execute
+    from lab.running.notebooks import execute
 
     name = planned.step
     mark, _ = fingerprint(planned.spec, planned.values, run.folder)

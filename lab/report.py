@@ -9,12 +9,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lab import papers, reported
+from lab import reported
 from lab.errors import LabError
 from lab.files import write_text
 from lab.progress import clock
-from lab.records import StepRecord, results_of
-from lab.runs import MANIFEST, Run, open_run
+from lab.running import papers
+from lab.running.records import StepRecord, results_of
+from lab.running.runs import MANIFEST, Run, open_run
 from lab.tables import SEED, Row, cell_text, columns, rows_of, split, table_html, table_text
 from lab.view import palette
 

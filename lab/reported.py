@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lab import papers
-from lab.records import results_of
-from lab.runs import Run
+from lab.running import papers
+from lab.running.records import results_of
+from lab.running.runs import Run
 from lab.tables import Row, cell_text, number_text, rows_of
 
 KEYS = ("backbone", "dataset", "split", "decoding")

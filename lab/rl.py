@@ -58,7 +58,7 @@ def reinforce(
         options = {"validate": validate, "label": label, "trainer_class": trainer_class}
         given = {"thinking": thinking, "prompts": prompts, "columns": columns, "rewards": rewards, "folder": folder}
         return together(reinforce, model, settings, step_logger, **given, **options)
-    from lab.trl_trainer import LatentGRPOTrainer
+    from lab.training.trl_trainer import LatentGRPOTrainer
 
     _check(model, prompts, columns, rewards, settings)
     place = Place.open(Path(folder), model, settings, len(prompts), step_logger)

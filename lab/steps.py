@@ -11,11 +11,12 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from lab import machine, provenance
+from lab import machine
 from lab.errors import RunError, SettingsError, unknown
 from lab.files import append_line, file_digest, plain, read_json, write_json, write_text, writing
-from lab.records import METRICS, RESULTS, STEP, StepRecord, fingerprint
-from lab.runs import Run, latest, new_folder, now, put_in_place, wait_lock
+from lab.running import provenance
+from lab.running.records import METRICS, RESULTS, STEP, StepRecord, fingerprint
+from lab.running.runs import Run, latest, new_folder, now, put_in_place, wait_lock
 
 log = logging.getLogger(__name__)
 _open_steps: list["Step"] = []
@@ -55,13 +56,13 @@ def _folder(paper: str, run: str) -> Path:
 
 
 def _spec(paper: str, step: str) -> Any:
-    from lab import papers
+    from lab.running import papers
 
     return papers.pipeline(paper).spec(step)
 
 
 def _parameters_of_caller(spec: Any, names: dict[str, Any]) -> dict[str, Any]:
-    from lab.parameters import parameters_of
+    from lab.running.parameters import parameters_of
 
     known = {name: parameter for name, parameter in parameters_of(spec.path).items() if name != "run"}
     if missing := sorted(set(known) - set(names)):

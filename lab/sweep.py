@@ -9,14 +9,15 @@ from typing import Any
 
 import yaml
 
-from lab import papers, provenance, report
-from lab.engines import Engine, Local
+from lab import report
 from lab.errors import SettingsError
 from lab.files import digest, make_folder, write_json, writing
 from lab.pipeline import REPORT, is_finished
-from lab.pool import Task, run_tasks
 from lab.progress import Display
-from lab.records import results_of
+from lab.running import papers, provenance
+from lab.running.engines import Engine, Local
+from lab.running.pool import Task, run_tasks
+from lab.running.records import results_of
 from lab.tables import Row, columns, rows_of, table_html, table_text
 
 SEEDS = (0, 1, 2, 3, 4)  # where neither the command nor the paper names a grid

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lab import papers
 from lab.ablation.subjects import RUNS, Subject, of_run, unanswered
 from lab.errors import DataError, RunError, unknown
 from lab.files import read_json, write_json
 from lab.look import CANDIDATES, Look, first_look
-from lab.runs import latest, open_run
+from lab.running import papers
+from lab.running.runs import latest, open_run
 
 PLACES = {"extra positions": "coconut", "second passes": "tah", "in the prompt": "softcot"}
 FACTS = "tour.json"

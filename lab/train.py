@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lab import optim
 from lab.errors import DataError, SettingsError
 from lab.launch import world_size
+from lab.training import optim
 from lab.training.batches import Plan
 from lab.training.place import Place, TrainResult, shown
 from lab.training.settings import TrainSettings, check_common
@@ -55,7 +55,7 @@ def fit(
     if settings.processes > 1:
         options = {"count": count, "validate": validate, "lengths": lengths, "resume": resume, "label": label}
         return together(fit, model, settings, step_logger, dataset=dataset, collate=collate, loss=loss, folder=folder, **options)
-    from lab.trainer import Job, Supervised
+    from lab.training.trainer import Job, Supervised
 
     _check(model, dataset, loss, settings)
     plan = _plan(settings, len(dataset), lengths)

@@ -9,8 +9,8 @@ from lab.data.examples import Example
 from lab.errors import RunError, SettingsError, unknown
 from lab.latent.record import Response
 from lab.models.latent_model import MANIFEST, LatentModel
-from lab.runs import MANIFEST as RUN
-from lab.runs import Run, latest, open_run
+from lab.running.runs import MANIFEST as RUN
+from lab.running.runs import Run, latest, open_run
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pandas as pd
 from lab import figures
 from lab.errors import DataError
 from lab.files import read_json
-from lab.runs import open_run
+from lab.running.runs import open_run
 
 log = logging.getLogger(__name__)
 

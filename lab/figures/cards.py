@@ -14,10 +14,10 @@ from lab.config import Settings
 from lab.errors import RunError, SettingsError
 from lab.figures.again import read
 from lab.files import read_json
-from lab.papers import load_yaml
-from lab.provenance import home, outputs
-from lab.records import StepRecord
-from lab.runs import MANIFEST, Run
+from lab.running.papers import load_yaml
+from lab.running.provenance import home, outputs
+from lab.running.records import StepRecord
+from lab.running.runs import MANIFEST, Run
 from lab.stats import mean_interval
 
 WIDTH = 860  # CSS pixels of a view's picture

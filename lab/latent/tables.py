@@ -9,7 +9,7 @@ from typing import Any
 
 from lab.data.examples import Example
 from lab.files import read_lines
-from lab.records import read_metrics
+from lab.running.records import read_metrics
 
 
 def curve(folder: Path | str, value: str, without: Sequence[str] = ()) -> Any:

@@ -14,7 +14,7 @@ from lab.config import Settings
 from lab.errors import RunError
 from lab.launch import on_main, rank
 from lab.progress import Progress
-from lab.stability import Detector, Guard, Recovery, Ring
+from lab.training.stability import Detector, Guard, Recovery, Ring
 
 METRICS, FACTS = "metrics.jsonl", "training.json"
 _FREE_TO_CHANGE = {"micro_batch", "guard", "save_every", "keep", "eval_every", "log_every", "report_to", "device", "load_best"}
@@ -77,13 +77,13 @@ class Place:
 
     def train(self, build: Callable[[], Any], guard: Guard) -> Any:
         """The trainer that `build` made and that got to the end, through rollbacks."""
-        from lab.stability.guarded import train_guarded
+        from lab.training.stability.guarded import train_guarded
 
         return train_guarded(build, self.ring, guard, self.recovery, lambda event, step: self.write_row({"event": event, "step": step}))
 
     def finish(self, trainer: Any) -> TrainResult:
         """Saves the end, takes up the best weights if asked for, and says how it went."""
-        from lab.stability.guarded import WEIGHTS, load_learned
+        from lab.training.stability.guarded import WEIGHTS, load_learned
 
         s, steps, ring = trainer.s, trainer.state.global_step, self.ring
         if s.save_every and not on_main(lambda: steps in ring.steps()):

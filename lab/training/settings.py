@@ -6,13 +6,13 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from lab import optim
 from lab.config import Settings
 from lab.errors import SettingsError
 from lab.launch import check_world
-from lab.optim import Group, Schedule
-from lab.sharding import NOT_OFFERED, Sharding
-from lab.stability import Guard
+from lab.training import optim
+from lab.training.optim import Group, Schedule
+from lab.training.sharding import NOT_OFFERED, Sharding
+from lab.training.stability import Guard
 
 
 class Common(Settings):
@@ -40,7 +40,7 @@ class Common(Settings):
     report_to: Literal["none", "wandb", "tensorboard"] = "none"
     device: Literal["auto", "cpu"] = "auto"
     processes: int = Field(1, ge=1)  # of each machine; they share the global batch
-    sharding: Sharding = "ddp"  # what they keep copies of (see lab.sharding)
+    sharding: Sharding = "ddp"  # what they keep copies of (see lab.training.sharding)
 
     @field_validator("sharding", mode="before")
     @classmethod

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lab.errors import OutOfMemory, SettingsError
 from lab.launch import launch, machines, rank, send_row, world_size
-from lab.stability import Ring
 from lab.training.place import TrainResult, row_writer
+from lab.training.stability import Ring
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def _send(**row: Any) -> None:
 
 
 def _trained(train: Callable[..., TrainResult], arguments: dict[str, Any]) -> tuple[TrainResult, dict[str, Tensor]]:
-    from lab.stability.guarded import learned
+    from lab.training.stability.guarded import learned
 
     result = train(**arguments)
     return result, {name: tensor.detach().cpu() for name, tensor in learned(arguments["model"]).items()} if rank() == 0 else {}

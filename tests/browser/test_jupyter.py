@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from lab import notebooks
+from lab.running import notebooks
 
 CELL = """
 from lab import view

@@ -8,7 +8,7 @@ import pytest
 
 from lab import figures, report, steps, view
 from lab.figures import cards
-from lab.notebooks import execute
+from lab.running.notebooks import execute
 from lab.trace import Trace
 
 HOSTILE = "<img src=x onerror=window.hacked=1><script>window.hacked=1</script>"

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from lab import runs
 from lab.pipeline import run_recipe
+from lab.running import runs
 
 WORK = ["import torch\n", "\n", "assert not torch.cuda.is_initialized()\n", "total = torch.ones(1024, device='cuda').sum().item()\n"]
 

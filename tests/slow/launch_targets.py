@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lab import files, optim, sharding
+from lab import files
 from lab.errors import DataError
 from lab.launch import on_main, rank, world_size
 from lab.train import TrainSettings, fit
+from lab.training import optim, sharding
 
 
 class Tiny(nn.Module):

@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from lab import sweep
-from lab.engines import Needs, Ray, Slurm
 from lab.errors import DeviceError, SettingsError
-from lab.records import results_of
+from lab.running.engines import Needs, Ray, Slurm
+from lab.running.records import results_of
 
 pytestmark = pytest.mark.slow
 POINTS = {"seed": "0", "fail": "false,true"}

@@ -8,7 +8,7 @@ import pytest
 
 from lab.methods.dtt.plan import rl_arguments, warm_up_training
 from lab.methods.dtt.stages import evaluate_arms, run_arm, run_warm_up
-from lab.papers import plan
+from lab.running.papers import plan
 
 pytestmark = pytest.mark.slow
 

@@ -10,10 +10,11 @@ import time
 import psutil
 import pytest
 
-from lab import pool, sweep
-from lab.engines import Local, Needs
+from lab import sweep
 from lab.pipeline import run_recipe
-from lab.records import StepRecord, results_of
+from lab.running import pool
+from lab.running.engines import Local, Needs
+from lab.running.records import StepRecord, results_of
 
 pytestmark = pytest.mark.slow
 SEED = int(os.environ.get("LAB_SOAK_SEED", "0"))

@@ -18,10 +18,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lab import files, kernels
+from lab import files
 from lab.errors import LabError
-from lab.records import read_metrics
-from lab.stability import kept_and_discarded
+from lab.running import kernels
+from lab.running.records import read_metrics
+from lab.training.stability import kept_and_discarded
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
@@ -111,7 +112,7 @@ def start_pipeline(folder):
 def kernel_servers():
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):  # it may be ending
-            if "lab.kernels" in child.cmdline():
+            if "lab.running.kernels" in child.cmdline():
                 yield child
 
 

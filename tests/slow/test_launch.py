@@ -18,9 +18,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import launch_targets as targets
 
-from lab import files, memory
+from lab import files
 from lab.errors import DataError, DeviceError, OutOfMemory, SettingsError
 from lab.launch import launch
+from lab.running import memory
 
 pytestmark = pytest.mark.slow
 DEEPSPEED = find_spec("deepspeed") is not None

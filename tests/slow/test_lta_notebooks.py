@@ -8,7 +8,7 @@ sys.path.append(str(Path(__file__).parents[1] / "smoke"))
 from test_lta_data import base, files  # noqa: F401
 
 from lab.pipeline import run_recipe
-from lab.records import results_of
+from lab.running.records import results_of
 
 
 def test_the_notebooks_go_from_training_to_votes_on_a_benchmark(base, files, tmp_path):  # noqa: F811

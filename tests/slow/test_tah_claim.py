@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from lab import papers
 from lab.methods.tah.labels import Labelling
 from lab.methods.tah.plan import decider_settings, example_settings, model_settings, training_settings
 from lab.methods.tah.prepare import Labelled, Preparation
@@ -11,6 +10,7 @@ from lab.methods.tah.score import differences
 from lab.methods.tah.stages import arms_of, label, run_arm, run_step2, token_table
 from lab.methods.tah.training import choose_threshold
 from lab.models.layouts import load
+from lab.running import papers
 
 pytestmark = pytest.mark.slow
 

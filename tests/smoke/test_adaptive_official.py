@@ -117,8 +117,8 @@ def _ours(key):
 
 def test_weight_decay_of_rl_spares_biases_and_norms_alone(model, monkeypatch, tmp_path):
     from lab.methods.adaptive import stages
-    from lab.optim import parameter_groups
     from lab.rl import RLSettings
+    from lab.training.optim import parameter_groups
 
     seen = []
     monkeypatch.setattr(stages, "reinforce", lambda *given, **options: seen.append(given[5]))
@@ -229,8 +229,8 @@ def test_unusable_examples_are_dropped_and_counted(model):
 
 def test_weight_decay_spares_what_the_official_groups_spare(model):
     from lab.methods.adaptive.stages import spare_specials
-    from lab.optim import parameter_groups
     from lab.train import TrainSettings
+    from lab.training.optim import parameter_groups
 
     settings = spare_specials(model, TrainSettings(steps=1, weight_decay=0.1))
     groups = parameter_groups(model, 1e-3, 0.1, settings.groups)

@@ -2,10 +2,11 @@
 
 import pytest
 
-from lab import audit, files, provenance
+from lab import audit, files
 from lab.errors import RunError
 from lab.pipeline import run_recipe
-from lab.records import StepRecord
+from lab.running import provenance
+from lab.running.records import StepRecord
 
 
 @pytest.fixture

@@ -25,9 +25,9 @@ from lab.methods.dtt.stages import gate_groups
 from lab.methods.dtt.tables import rollout_tables
 from lab.models.backbones import load_backbone
 from lab.models.tokenizers import byte_tokenizer, word_tokenizer
-from lab.optim import parameter_groups
 from lab.rl import RLSettings, reinforce
 from lab.training.acts import Completions, gap
+from lab.training.optim import parameter_groups
 
 WORDS = ["Q", *(f"w{i}" for i in range(20)), "####"]
 PROMPTS = [[1, 2, 3, 4], [5, 6], [7, 8, 9]]

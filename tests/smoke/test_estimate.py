@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lab import cli, estimate, papers
+from lab import cli, estimate
 from lab.estimate import Training, counts, row
 from lab.models.backbones import load_backbone
+from lab.running import papers
 from lab.train import TrainSettings, fit
 from lab.training import place, probe
 from lab.training.probe import activations

@@ -9,9 +9,9 @@ from transformers import Trainer, TrainingArguments
 
 from lab import files
 from lab.errors import CheckpointError
-from lab.stability import Detector, Guard, Recovery, Ring, Verdict
-from lab.stability.guarded import Guarded, load_learned, train_guarded
 from lab.train import TrainSettings
+from lab.training.stability import Detector, Guard, Recovery, Ring, Verdict
+from lab.training.stability.guarded import Guarded, load_learned, train_guarded
 
 torch.set_num_threads(1)
 GUARD = Guard(history=40, enough=10, spike_count=4, spike_window=8, margin=5, region=50)

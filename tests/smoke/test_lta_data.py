@@ -9,13 +9,13 @@ import pytest
 import torch
 from test_lta_prompting import TOKENIZERS
 
-from lab import papers
 from lab.data.examples import Dataset, Example
 from lab.errors import CheckpointError, DataError, SettingsError
 from lab.evaluate import Decoding, Output
 from lab.methods.lta import evaluate, stages, tasks
 from lab.methods.lta.checkpoint import export_official
 from lab.models.backbones import load_backbone
+from lab.running import papers
 
 TASKS = ("gsm8k", "strategyqa", "math", "aqua")
 

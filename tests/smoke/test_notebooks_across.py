@@ -12,12 +12,12 @@ from adaptive_fixture import merged_folder  # noqa: F401 - a fixture
 from nbformat.sign import NotebookNotary
 from safetensors.torch import load_file, save_file
 
-from lab import kernels, notebooks
 from lab.errors import SettingsError
 from lab.models.backbones import load_backbone
 from lab.models.layouts import identify, load
 from lab.models.tokenizers import byte_tokenizer, word_tokenizer
-from lab.parameters import TAG
+from lab.running import kernels, notebooks
+from lab.running.parameters import TAG
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"

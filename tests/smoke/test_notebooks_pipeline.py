@@ -14,10 +14,11 @@ import pytest
 from click.testing import CliRunner
 from papermill.cli import papermill
 
-from lab import files, memory, notebooks, pipeline, runs
-from lab.notebooks import execute
+from lab import files, pipeline
 from lab.pipeline import StepFailed, run_recipe
-from lab.records import StepRecord, results_of
+from lab.running import memory, notebooks, runs
+from lab.running.notebooks import execute
+from lab.running.records import StepRecord, results_of
 
 
 @pytest.fixture

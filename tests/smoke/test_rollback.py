@@ -8,8 +8,8 @@ from torch import nn
 
 from lab import files
 from lab.errors import TrainingError
-from lab.stability import kept_and_discarded
 from lab.train import TrainSettings, fit
+from lab.training.stability import kept_and_discarded
 
 torch.set_num_threads(1)
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from lab import kernels, papers, runs
 from lab.ablation.subjects import RUNS, subject_of
 from lab.pipeline import run_recipe
+from lab.running import kernels, papers, runs
 
 
 @pytest.fixture(scope="module", autouse=True)

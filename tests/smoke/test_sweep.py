@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lab import cli, files, memory, pool, sweep
-from lab.engines import Local, Needs, Slurm
+from lab import cli, files, sweep
 from lab.errors import BusyError, DeviceError, SettingsError
-from lab.records import StepRecord, results_of
+from lab.running import memory, pool
+from lab.running.engines import Local, Needs, Slurm
+from lab.running.records import StepRecord, results_of
 
 
 @pytest.fixture(autouse=True)

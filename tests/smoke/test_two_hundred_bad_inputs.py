@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 import lab
-from lab import cli, papers, runs
+from lab import cli
 from lab.data.benchmarks import load_benchmark
 from lab.errors import CheckpointError, DataError, LabError, SettingsError
 from lab.files import file_digest
 from lab.models.loading import read_state, read_torch
-from lab.parameters import parameters_of
+from lab.running import papers, runs
+from lab.running.parameters import parameters_of
 
 PARAMETERS = [
     *(

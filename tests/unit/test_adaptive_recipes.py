@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lab import papers
 from lab.methods.adaptive import options
+from lab.running import papers
 
 PUBLISHED = json.loads((Path(__file__).parent.parent / "fixtures/adaptive/recipes.json").read_text())["recipes"]
 BY_NAME = {recipe["raw"]["DIR_NAME"]: recipe["raw"] for recipe in PUBLISHED.values()}

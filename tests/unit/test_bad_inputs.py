@@ -8,9 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lab import files, papers, runs
+from lab import files
 from lab.errors import LabError, RunError, SettingsError
-from lab.parameters import parameters_of, parse_cell
+from lab.running import papers, runs
+from lab.running.parameters import parameters_of, parse_cell
 
 MINI = Path(__file__).parents[1] / "fixtures" / "bench"
 often = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -9,8 +9,9 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from lab import audit, cli, runs, steps
+from lab import audit, cli, steps
 from lab.pipeline import StepFailed
+from lab.running import runs
 
 
 def call(monkeypatch, capsys, *arguments):
@@ -225,7 +226,7 @@ def test_an_interrupt_in_the_middle_of_an_import_leaves_our_status(tmp_path, end
 
 def test_a_dry_run_of_a_run_that_goes_on_says_what_it_keeps(bench, outputs, monkeypatch, capsys):
     from lab import pipeline
-    from lab.records import StepRecord
+    from lab.running.records import StepRecord
 
     folder = outputs / "mini" / "before"
     runs.Run.open(folder, "mini", recipe="toy", overrides={"double.factor": "5"}).close()

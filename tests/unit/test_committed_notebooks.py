@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.parameters import TAG, parameters_of
+from lab.running.parameters import TAG, parameters_of
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = [path for folder in ("notebooks", "tests/fixtures/bench/notebooks") for path in sorted((ROOT / folder).rglob("*.ipynb"))]

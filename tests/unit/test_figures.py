@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lab import figures, papers, provenance, runs, steps
+from lab import figures, steps
 from lab.errors import DataError, SettingsError
 from lab.figures import again, cards
+from lab.running import papers, provenance, runs
 
 PARAMETERS = {"count": 1, "data": "", "pause_s": 0.0, "more": False, "fail": False}
 CURVE = pd.DataFrame(

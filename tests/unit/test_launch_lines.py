@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 
-from lab import launch, memory
+from lab import launch
 from lab.errors import OutOfMemory
+from lab.running import memory
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from lab import optim
 from lab.errors import SettingsError
-from lab.optim import Group
 from lab.train import TrainSettings
+from lab.training import optim
+from lab.training.optim import Group
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_min_lr", "constant"])

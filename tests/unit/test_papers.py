@@ -2,8 +2,8 @@
 
 import pytest
 
-from lab import papers
 from lab.errors import SettingsError
+from lab.running import papers
 
 
 def rewrite(bench, name, text):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lab.errors import SettingsError
-from lab.parameters import check_values, parameters_of, parse_cell
+from lab.running.parameters import check_values, parameters_of, parse_cell
 
 CELL = '''"""What can be changed."""
 # a heading

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lab import cli, papers
+from lab import cli
+from lab.running import papers
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

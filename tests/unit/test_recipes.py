@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from lab import papers, pipeline
-from lab.parameters import parameters_of
-from lab.provenance import home
+from lab import pipeline
+from lab.running import papers
+from lab.running.parameters import parameters_of
+from lab.running.provenance import home
 from lab.sweep import _grid
 
 KEYS = papers.papers()

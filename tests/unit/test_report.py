@@ -5,8 +5,9 @@ import re
 import pandas as pd
 import pytest
 
-from lab import figures, report, reported, runs, steps
+from lab import figures, report, reported, steps
 from lab.errors import RunError, SettingsError
+from lab.running import runs
 
 HOSTILE = "<script>alert(1)</script>\"'&"
 PARAMETERS = {"count": 1, "data": "", "pause_s": 0.0, "more": False, "fail": False}

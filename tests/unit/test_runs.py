@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lab import files, runs, steps
+from lab import files, steps
 from lab.errors import RunError, SettingsError
-from lab.records import StepRecord, fingerprint, read_metrics
+from lab.running import runs
+from lab.running.records import StepRecord, fingerprint, read_metrics
 
 DRAW = {"seed": 0, "count": 2, "data": "", "pause_s": 0.0, "more": False, "fail": False}
 

@@ -8,7 +8,7 @@ import pytest
 
 from lab import files
 from lab.errors import TrainingError
-from lab.stability import Detector, Guard, Recovery, Ring, Signals, Verdict, kept_and_discarded
+from lab.training.stability import Detector, Guard, Recovery, Ring, Signals, Verdict, kept_and_discarded
 
 
 def judge(series, detector=None, name="loss", gradients=None):

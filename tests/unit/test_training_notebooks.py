@@ -2,9 +2,9 @@
 
 import pytest
 
-from lab import papers
-from lab.parameters import parameters_of
-from lab.provenance import home
+from lab.running import papers
+from lab.running.parameters import parameters_of
+from lab.running.provenance import home
 
 TRAINING = [
     *("adaptive/1_train", "adaptive/2_rl", "coconut/1_train", "codi/1_train", "colar/1_train", "dtt/1_warm_up", "dtt/2_train"),

@@ -19,9 +19,9 @@ from lab.methods.adaptive.model import AdaptiveModel
 from lab.methods.adaptive.objective import SFT, batch_of
 from lab.methods.adaptive.options import Resolved
 from lab.methods.adaptive.reinforce import AdaptiveThinking, LengthReward, rewards_of
-from lab.optim import Group
 from lab.rl import RLSettings, reinforce
 from lab.train import TrainResult, TrainSettings, fit
+from lab.training.optim import Group
 
 log = logging.getLogger(__name__)
 

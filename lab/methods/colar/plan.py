@@ -7,8 +7,8 @@ from typing import Any
 from lab.estimate import Training, of
 from lab.methods.colar.config import ColarSettings
 from lab.methods.colar.toy import SHAPE
-from lab.records import read_metrics
 from lab.rl import RLSettings
+from lab.running.records import read_metrics
 from lab.train import TrainSettings
 
 MODEL = ("max_compression_factor", "latent_loss", "sqrt_mean", "lp_intermediate_size", "lora_r", "lora_alpha", "official_padding")

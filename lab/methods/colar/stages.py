@@ -17,7 +17,7 @@ from lab.methods.colar import toy
 from lab.methods.colar.config import ColarSettings
 from lab.methods.colar.model import ColarModel
 from lab.methods.colar.policy import PUBLISHED, generate
-from lab.records import read_metrics
+from lab.running.records import read_metrics
 from lab.stats import Interval, proportion_interval
 
 WORLD = "permutations"

@@ -13,7 +13,7 @@ from torch import Tensor
 from lab.launch import rank
 from lab.methods.colar.objective import advantages
 from lab.training.acts import PromptOrder
-from lab.trl_trainer import LatentGRPOTrainer
+from lab.training.trl_trainer import LatentGRPOTrainer
 
 
 class Replaced(PromptOrder):

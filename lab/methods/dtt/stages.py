@@ -26,9 +26,9 @@ from lab.methods.dtt.reward import RewardSettings, rewards_of
 from lab.models.backbones import load_backbone
 from lab.models.layouts import load
 from lab.models.tokenizers import load_tokenizer, word_tokenizer
-from lab.optim import Group
 from lab.rl import RLSettings, reinforce
 from lab.train import TrainSettings, fit
+from lab.training.optim import Group
 
 TOY = "permutations"
 FIRST = {"train": 0, "train2": 1_000_000, "test": 2_000_000}  # seeds of the toy's splits, far apart

@@ -8,7 +8,7 @@ import pandas as pd
 
 from lab.files import read_lines
 from lab.methods.dtt.evaluate import said_in
-from lab.records import read_metrics
+from lab.running.records import read_metrics
 
 HISTOGRAMS, BINS = "histograms.jsonl", 20
 GATES = {"gate_mean_reasoning": "gate inside", "gate_mean_non_reasoning": "gate outside", "correctness_mean": "correctness"}

@@ -14,7 +14,7 @@ from lab.launch import rank
 from lab.methods.dtt.reinforce import PROGRESS
 from lab.methods.dtt.reward import find_span
 from lab.methods.dtt.tables import HISTOGRAMS, binned
-from lab.trl_trainer import LatentGRPOTrainer
+from lab.training.trl_trainer import LatentGRPOTrainer
 
 EXAMPLES = "examples.jsonl"
 SHOWN = 8  # examples a logged step

@@ -14,7 +14,7 @@ from lab.methods.latenttts import toy
 from lab.methods.latenttts.model import RewardModel
 from lab.methods.latenttts.objective import recalls
 from lab.models.latent_model import LatentModel
-from lab.records import read_metrics
+from lab.running.records import read_metrics
 from lab.sampling.curves import Scores, against_vote, curves, scored
 from lab.sampling.labels import Labelling, label
 from lab.sampling.pool import Pool, sample

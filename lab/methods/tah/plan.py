@@ -9,7 +9,7 @@ from lab.estimate import Training, of
 from lab.methods.tah.config import TahConfig
 from lab.methods.tah.toy import SHAPE, TASKS, world
 from lab.models.plan import planned_config
-from lab.records import read_metrics
+from lab.running.records import read_metrics
 
 Values = dict[str, Any]
 HARD = 0.1  # about the share of tokens that are read twice

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lab.engines import Engine
 from lab.errors import Interrupted, RunError
 from lab.files import read_json
 from lab.progress import Display, clock, display
+from lab.running.engines import Engine
 from lab.tables import Row, table_text
 
 LIVE = ".live.json"  # where a run says what it is doing

@@ -10,9 +10,9 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from lab import kernels, memory
 from lab.errors import RunError
 from lab.files import make_folder, write_text, writing
+from lab.running import kernels, memory
 
 log = logging.getLogger(__name__)
 GRACE_S = 5.0  # how long a kernel may take to stop before it is ended
@@ -102,7 +102,7 @@ def _papermill(notebook: Path, output: Path, parameters: dict[str, Any], on_cell
     from nbclient.exceptions import CellTimeoutError
     from papermill.exceptions import PapermillExecutionError
 
-    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # its warnings are about parameters, which lab.parameters has checked
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # its warnings are about parameters, which lab.running.parameters has checked
     hooks = {"on_cell_start": _counter(notebook, on_cell)} if on_cell else {}
     given = {"kernel_name": "python3", "language": "python", "kernel_manager_class": manager, "progress_bar": False, **hooks}
     given |= {"iopub_timeout": PATIENCE_S, "start_timeout": START_S}

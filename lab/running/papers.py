@@ -8,8 +8,8 @@ import yaml
 
 from lab.config import Settings
 from lab.errors import SettingsError, unknown
-from lab.parameters import Parameter, check_values, parameters_of
-from lab.provenance import home
+from lab.running.parameters import Parameter, check_values, parameters_of
+from lab.running.provenance import home
 
 OWN = ("run",)  # parameters that the workbench itself sets, never a recipe
 

@@ -2,7 +2,7 @@
 
 A latent training passes through the model many times a step (once for every thought) and reads the weights directly, so FSDP2 holds
 the whole model as one unit: the weights are gathered once a step, stay whole for all its passes, and are freed after the update; gradients
-are in pieces once they are summed, not before. DeepSpeed's ZeRO leaves the weights whole (see `lab.zero`); gradients are in pieces
+are in pieces once they are summed, not before. DeepSpeed's ZeRO leaves the weights whole (see `lab.training.zero`); gradients are in pieces
 after each micro-batch in zero2, after the last in zero1.
 Every function here does nothing to a module that is not sharded. Checkpoints hold whole tensors: they open with `lab.load` and resume
 under any number of processes and any sharding.
@@ -66,14 +66,14 @@ def split(module: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> t
     """The optimizer to train `module` with: `optimizer` itself, or DeepSpeed's around it, which clips the gradient's norm at `clip`."""
     if not getattr(module, "stage", 0):
         return optimizer
-    from lab.zero import Zero
+    from lab.training.zero import Zero
 
     module.zero = Zero(optimizer, module.stage, clip)
     return module.zero
 
 
 def zero(module: nn.Module) -> Any:
-    """The `lab.zero.Zero` of a module trained with one, else None."""
+    """The `lab.training.zero.Zero` of a module trained with one, else None."""
     return getattr(module, "zero", None)
 
 

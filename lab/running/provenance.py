@@ -10,24 +10,8 @@ from typing import Any
 from lab.files import file_digest
 
 PACKAGES = ("lab", "torch", "transformers", "peft", "accelerate", "trl", "datasets", "tokenizers", "safetensors", "numpy", "papermill")
-_SOURCE = Path(__file__).resolve().parent
-_CARRIERS = (
-    "__init__",
-    "errors",
-    "files",
-    "kernels",
-    "machine",
-    "notebooks",
-    "papers",
-    "parameters",
-    "progress",
-    "provenance",
-    "records",
-    "runs",
-    "steps",
-    "tables",
-)
-_PLUMBING = {f"{name}.py" for name in _CARRIERS}  # they carry runs and shape no result
+_SOURCE = Path(__file__).resolve().parents[1]  # the package
+_PLUMBING = {f"{name}.py" for name in ("__init__", "errors", "files", "machine", "progress", "steps", "tables")}  # shape no result
 
 
 def home() -> Path:
@@ -81,7 +65,7 @@ def imported_code() -> dict[str, str]:
     modules = [module for name, module in list(sys.modules.items()) if name.split(".")[0] == "lab"]
     files = [Path(file) for module in modules if (file := getattr(module, "__file__", None))]
     names = {str(file.relative_to(_SOURCE)) for file in files if file.is_relative_to(_SOURCE)}
-    return {name: file_digest(_SOURCE / name) for name in sorted(names - _PLUMBING)}
+    return {name: file_digest(_SOURCE / name) for name in sorted(names - _PLUMBING) if not name.startswith("running/")}
 
 
 def changed_code(recorded: dict[str, str]) -> list[str]:

@@ -18,10 +18,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lab import machine, provenance
+from lab import machine
 from lab.errors import BusyError, RunError
 from lab.files import lock, make_folder, read_json, write_json, write_text, writing
-from lab.records import STEP, StepRecord, finished_steps
+from lab.running import provenance
+from lab.running.records import STEP, StepRecord, finished_steps
 
 MANIFEST = "manifest.json"
 

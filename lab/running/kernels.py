@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.errors import RunError
-from lab.memory import name_of_kernels
+from lab.running.memory import name_of_kernels
 
 PRELOAD = ("ipykernel.kernelapp", "IPython.display", "ipywidgets", "pandas", "torch", "transformers.trainer", "matplotlib.pyplot")
 SOCKET = "LAB_WARM"
@@ -42,7 +42,7 @@ def server() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="lab-warm-") as folder:
         path = f"{folder}/socket"
         environment = {**os.environ, "MPLBACKEND": INLINE, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-        process = subprocess.Popen([sys.executable, "-m", "lab.kernels", path], stdin=subprocess.PIPE, env=environment)
+        process = subprocess.Popen([sys.executable, "-m", "lab.running.kernels", path], stdin=subprocess.PIPE, env=environment)
         os.environ[SOCKET] = path
         try:
             yield

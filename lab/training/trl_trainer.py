@@ -17,14 +17,14 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 from trl import GRPOConfig, GRPOTrainer
 
-from lab import optim, sharding
 from lab.latent.draws import Keyed
 from lab.launch import check_world, rank, world_size
-from lab.stability import Recovery
-from lab.stability.guarded import Guarded
-from lab.trainer import Supervised, sharded
+from lab.training import optim, sharding
 from lab.training.acts import Acts, Completions, PromptOrder, Thinking, check_gap, gap
 from lab.training.settings import RLSettings
+from lab.training.stability import Recovery
+from lab.training.stability.guarded import Guarded
+from lab.training.trainer import Supervised, sharded
 
 RECORD = "record_"
 

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 import yaml
 
-from lab import kernels, memory
 from lab.errors import DeviceError, SettingsError, unknown
+from lab.running import kernels, memory
 
 STOPPED = "stopped, to be taken up"
 _GLANCE = 10  # seconds between two looks at what a run holds that was given no limit

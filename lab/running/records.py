@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lab import provenance
 from lab.files import digest, file_digest, read_json, read_lines
+from lab.running import provenance
 from lab.tables import rows_of, table_html, table_text
 
 STEP, RESULTS, METRICS = "step.json", "results.json", "metrics.jsonl"

@@ -7,7 +7,7 @@ from typing import Any
 
 from lab import files
 from lab.errors import TrainingError
-from lab.stability.detector import Guard, Verdict
+from lab.training.stability.detector import Guard, Verdict
 
 EVENTS = "divergence.jsonl"
 _REWARM = 200

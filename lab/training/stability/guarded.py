@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lab import files, sharding
+from lab import files
 from lab.errors import CheckpointError, LabError
 from lab.launch import on_main, rank, world_size
 from lab.models.loading import read_torch
-from lab.stability.detector import OK, Detector, Guard, Signals, Verdict
-from lab.stability.recovery import Recovery
-from lab.stability.ring import Ring
+from lab.training import sharding
+from lab.training.stability.detector import OK, Detector, Guard, Signals, Verdict
+from lab.training.stability.recovery import Recovery
+from lab.training.stability.ring import Ring
 
 log = logging.getLogger(__name__)
 

@@ -14,35 +14,35 @@ from lab.errors import LabError
 
 def papers(incomplete: str) -> list[str]:
     """Keys of papers."""
-    from lab import papers as shelf
+    from lab.running import papers as shelf
 
     return _starting(incomplete, shelf.papers)
 
 
 def recipes(ctx: typer.Context, incomplete: str) -> list[str]:
     """Recipes of the paper named earlier on the line."""
-    from lab import papers as shelf
+    from lab.running import papers as shelf
 
     return _starting(incomplete, lambda: shelf.recipes(_paper(ctx)))
 
 
 def steps(ctx: typer.Context, incomplete: str) -> list[str]:
     """Its steps."""
-    from lab import papers as shelf
+    from lab.running import papers as shelf
 
     return _starting(incomplete, lambda: [spec.step for spec in shelf.pipeline(_paper(ctx)).steps])
 
 
 def parameters(ctx: typer.Context, incomplete: str) -> list[str]:
     """Its parameters, as in `seed=`."""
-    from lab import papers as shelf
+    from lab.running import papers as shelf
 
     return _starting(incomplete, lambda: [f"{name}=" for name in shelf.pipeline(_paper(ctx)).parameters()])
 
 
 def runs(incomplete: str) -> list[str]:
     """Run folders, newest first, as seen from here."""
-    from lab import provenance
+    from lab.running import provenance
 
     found = sorted(provenance.outputs().glob("*/*/manifest.json"), key=lambda path: -path.stat().st_mtime)
     absolute = os.path.isabs(incomplete)

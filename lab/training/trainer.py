@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
-from lab import files, optim, sharding
+from lab import files
 from lab.errors import OutOfMemory, TrainingError
 from lab.launch import check_world, on_main, rank, world_size
-from lab.stability.guarded import STATE, WEIGHTS, Diverged, Guarded
+from lab.training import optim, sharding
 from lab.training.batches import Batches, Plan
+from lab.training.stability.guarded import STATE, WEIGHTS, Diverged, Guarded
 
 log = logging.getLogger(__name__)
 if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-1 and ZeRO-2 as an optimizer that any Trainer can drive (see `lab.sharding`); imported only where it is asked for.
+"""DeepSpeed's ZeRO-1 and ZeRO-2 as an optimizer that any Trainer can drive; imported only where `sharding` asks for it.
 
 DeepSpeed's engine updates inside its backward pass, before a step can be judged, and its hooks sum gradients in the order in which they
 appear, which differs between processes where the batch decides how a model thinks. Here is its optimizer without engine and hooks:
