@@ -142,7 +142,7 @@ def evaluate(
     rule, score = (rule, scorer) if scorer else _scorer(benchmark, rule)
     facts = {"benchmark": benchmark, "rule": rule, "decoding": decoding.model_dump(exclude={"batch"}), "generator": generator.facts}
     with files.lock(folder / ".lock", f"An evaluation in {folder} is running already"):
-        _open(folder, facts)
+        files.claim(folder / FACTS, facts, "an evaluation")  # more samples or other questions may join
         wanted = {_name(benchmark, r): r for number, example in chosen for r in (Request(number, i, example) for i in range(repeat))}
 
         def keep(request: Request, output: Output) -> None:
@@ -247,18 +247,6 @@ def _scorer(benchmark: str, rule: str) -> tuple[str, Callable[[str, Example], An
 
 def _notes(examples: Sequence[Example]) -> tuple[str, ...]:
     return tuple(getattr(examples, "notes", ()))
-
-
-def _open(folder: Path, facts: dict[str, Any]) -> None:
-    """Makes the folder this evaluation's own, or finds that it is (more samples or other questions may join)."""
-    path, facts = folder / FACTS, files.plain(facts)
-    if not path.exists():
-        files.write_json(path, facts)
-        return
-    before = files.read_json(path)
-    changed = [name for name in facts if before.get(name) != facts[name]]
-    if changed:
-        raise RunError(f"{folder} holds an evaluation with another {', '.join(changed)}; choose another folder.")
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, int]:

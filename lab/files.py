@@ -104,6 +104,17 @@ def read_json(path: Path) -> Any:
         raise RunError(f"Cannot read {path}: {error}; delete it or start a new run.") from None
 
 
+def claim(path: Path, facts: dict[str, Any], what: str) -> None:
+    """Writes down at `path` what its folder holds; RunError where it says already that the folder holds another (`what`: "samples")."""
+    facts = plain(facts)
+    if not path.exists():
+        write_json(path, facts)
+        return
+    before = read_json(path)
+    if changed := [name for name in facts if before.get(name) != facts[name]]:
+        raise RunError(f"{path.parent} holds {what} with another {', '.join(changed)}; choose another folder.")
+
+
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Adds one JSON line; a line torn by an earlier kill is cut off first."""
     line = json.dumps(plain(record), ensure_ascii=False).encode() + b"\n"

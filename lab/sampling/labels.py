@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lab import files
 from lab.errors import SettingsError
 from lab.latent.loop import Budget, Prompt
 from lab.launch import share
 from lab.models.latent_model import LatentModel
 from lab.progress import Progress
 from lab.sampling.annotate import annotate
-from lab.sampling.pool import Pool, judge, layout_of, number_of, own
+from lab.sampling.pool import FACTS, Pool, judge, layout_of, number_of
 from lab.sampling.records import Asked, read, write
 from lab.sampling.sampler import Sampler, thinker
 
@@ -62,7 +63,7 @@ def label(
     """
     folder = Path(folder)
     facts = {name: pool.facts.get(name) for name in ("model", "method", "n", "rule", "questions", "digest")}
-    own(folder, {**facts, "sampler": sampler.model_dump(), "labelling": vars(how) | {"batch": 0}})
+    files.claim(folder / FACTS, {**facts, "sampler": sampler.model_dump(), "labelling": vars(how) | {"batch": 0}}, "samples")
     mine = [path for path in pool.folder.glob("*.safetensors") if number_of(path) % shard[1] == shard[0]]
     left = sorted((path for path in mine if not (folder / path.name).exists()), key=number_of)
     work = partial(_label_files, model, sampler, how, pool.facts.get("rule", "codi"), pool.latent, folder)

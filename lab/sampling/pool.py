@@ -15,7 +15,7 @@ import torch
 
 from lab import files
 from lab.data.examples import Example
-from lab.errors import DataError, RunError, SettingsError
+from lab.errors import DataError, SettingsError
 from lab.launch import share
 from lab.models.latent_model import LatentModel
 from lab.progress import Progress
@@ -57,7 +57,7 @@ def sample(
     if n > 1 and sampler.by == "own" and not sampler.temperature and model.method not in ("colar", "dtt"):
         raise SettingsError(f"A {model.method} model's own randomness is in its words: give a temperature above 0, or noise or dropout.")
     options = {**sampler.options(model, thoughts), "batch": max(batch, n), "vectors": True, **budget}
-    own(folder, _facts(model, examples, sampler, n, rule, thoughts, chunk, budget))
+    files.claim(folder / FACTS, _facts(model, examples, sampler, n, rule, thoughts, chunk, budget), "samples")
     numbers = range(shard[0], math.ceil(len(examples) / chunk), shard[1])
     left = [folder / f"{number}_on{shard[0]}.safetensors" for number in numbers if not list(folder.glob(f"{number}_on*.safetensors"))]
     with Progress(f"{n} samples, {sampler.label}", len(numbers)) as progress:
@@ -94,17 +94,6 @@ def _facts(model: LatentModel, examples, sampler: Sampler, n: int, rule: str, th
     asked = files.digest([[example.question, example.answer] for example in examples])
     facts = {"model": fingerprint(model), "method": model.method, "sampler": sampler.model_dump(), "n": n, "rule": rule}
     return facts | {"thoughts": thoughts, "chunk": chunk, "questions": len(examples), "digest": asked, "budget": budget}
-
-
-def own(folder: Path, facts: dict[str, Any]) -> None:
-    """Makes `folder` the place of samples with these facts, or finds that it is."""
-    path, facts = folder / FACTS, files.plain(facts)
-    if not path.exists():
-        files.write_json(path, facts)
-        return
-    before = files.read_json(path)
-    if changed := [name for name in facts if before.get(name) != facts[name]]:
-        raise RunError(f"{folder} holds samples with another {', '.join(changed)}; choose another folder.")
 
 
 def layout_of(model: LatentModel) -> Layout:
