@@ -98,9 +98,7 @@ def _set_precision(model: nn.Module, s: TrainSettings, force: bool) -> None:
     """Holds in float32 what learns, unless the paper's own precision is asked for and no rollback has overruled it."""
     if s.stability == "paper" and not force:
         return
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    optim.learn_in_float32(model)
     if not s.bf16 and len({p.dtype for p in model.parameters()}) > 1:
         raise SettingsError(
             "The frozen weights are in half precision, what learns is in float32: set bf16=true, or load the model in float32."

@@ -38,6 +38,13 @@ def lr_factor(step: int, total: int, schedule: Schedule, warmup: int, floor: flo
     return max(0.0, half_cosine * (1.0 - floor) + floor if schedule == "cosine_with_min_lr" else half_cosine)
 
 
+def learn_in_float32(model: nn.Module) -> None:
+    """Holds in float32 what learns, and with it its moments; what is frozen stays as it is."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 def freeze(model: nn.Module, paths: Iterable[str]) -> int:
     """Stops the parameters under each dotted path from learning and counts them; a path that is not there is an error.
 

@@ -292,25 +292,25 @@ def sharded(module: nn.Module, s: Any) -> nn.Module:
 
 
 def _arguments(s: Any, plan: Plan, folder: str) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=folder,
-        max_steps=plan.steps,
-        per_device_train_batch_size=plan.global_batch,
-        learning_rate=s.lr,
-        max_grad_norm=s.clip,
-        bf16=s.bf16,
-        use_cpu=s.device == "cpu" or not torch.cuda.is_available(),
-        seed=s.seed,
-        report_to=s.report_to,
-        save_strategy="no",
-        eval_strategy="no",
-        logging_strategy="no",
-        logging_nan_inf_filter=False,
-        ignore_data_skip=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        ddp_find_unused_parameters=world_size() > 1,
-    )
+    own = {"max_steps": plan.steps, "per_device_train_batch_size": plan.global_batch, "max_grad_norm": s.clip}
+    return TrainingArguments(**shared_arguments(s, folder), **own, logging_nan_inf_filter=False)
+
+
+def shared_arguments(s: Any, folder: str) -> dict[str, Any]:
+    """What every Trainer here is told: its settings' common part, and to leave saving, validating, logging and progress to us."""
+    return {
+        "output_dir": folder,
+        "learning_rate": s.lr,
+        "bf16": s.bf16,
+        "use_cpu": s.device == "cpu" or not torch.cuda.is_available(),
+        "seed": s.seed,
+        "report_to": s.report_to,
+        **dict.fromkeys(("save_strategy", "eval_strategy", "logging_strategy"), "no"),
+        "ignore_data_skip": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "ddp_find_unused_parameters": world_size() > 1,
+    }
 
 
 def _added(counts: list[dict[str, int]]) -> dict[str, int]:

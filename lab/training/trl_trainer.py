@@ -24,7 +24,7 @@ from lab.training.acts import Acts, Completions, PromptOrder, Thinking, check_ga
 from lab.training.settings import RLSettings
 from lab.training.stability import Recovery
 from lab.training.stability.guarded import Guarded
-from lab.training.trainer import Supervised, sharded
+from lab.training.trainer import Supervised, sharded, shared_arguments
 
 RECORD = "record_"
 
@@ -79,7 +79,8 @@ class LatentGRPOTrainer(Guarded, GRPOTrainer):
         self.best, self.stopped, self.last_row = {"score": -math.inf, "step": 0}, False, {}
         self._acts: Acts | None = None
         self._batch: dict[str, Tensor] = {}
-        _float32(model, settings)
+        if settings.stability == "safe":
+            optim.learn_in_float32(model)
         data = Dataset.from_list([{"prompt": list(ids), **{k: v[i] for k, v in columns.items()}} for i, ids in enumerate(prompts)])
         super().__init__(
             model=sharded(Actor(model, thinking, settings.dropout), settings),
@@ -265,7 +266,7 @@ def _arguments(s: RLSettings, folder: str, clip: float, weights: list[float]) ->
     micro = s.micro(world_size())
     pieces = s.share(world_size()) // micro
     return GRPOConfig(
-        output_dir=folder,
+        **shared_arguments(s, folder),
         max_steps=s.steps,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=pieces,
@@ -274,7 +275,6 @@ def _arguments(s: RLSettings, folder: str, clip: float, weights: list[float]) ->
         num_iterations=s.iterations,
         max_completion_length=s.longest,
         temperature=s.temperature,
-        learning_rate=s.lr,
         max_grad_norm=min(s.clip or math.inf, clip),
         beta=0.0,
         use_bias_correction_kl=False,  # TRL's default has another gradient than the papers' (dtt.md 2.6, distill.md 2B.7)
@@ -282,23 +282,5 @@ def _arguments(s: RLSettings, folder: str, clip: float, weights: list[float]) ->
         loss_type=s.loss_type,
         scale_rewards=s.scale_rewards,
         reward_weights=[float(weight) for weight in weights],
-        bf16=s.bf16,
-        use_cpu=s.device == "cpu" or not torch.cuda.is_available(),
         activation_checkpointing=False,
-        seed=s.seed,
-        report_to=s.report_to,
-        save_strategy="no",
-        eval_strategy="no",
-        logging_strategy="no",
-        ignore_data_skip=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        ddp_find_unused_parameters=world_size() > 1,
     )
-
-
-def _float32(model: nn.Module, s: RLSettings) -> None:
-    """Holds in float32 what learns, unless the paper's own precision is asked for."""
-    for parameter in model.parameters() if s.stability == "safe" else ():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
